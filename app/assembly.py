@@ -1,0 +1,175 @@
+"""The one place that wires: settings -> store, backends, pipelines, service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.errors import ModelNotFound, StartupError
+from app.exits import ExitPolicy
+from app.log import get_logger
+from app.metrics import Metrics
+from app.repository.registry import ModelRegistry
+from app.repository.store import ModelStore, StoredModel
+from app.runtime.cpu import num_cpus
+from app.runtime.golden import verify_golden
+from app.runtime.ort_backend import OrtBackend
+from app.runtime.pool import BackendPool
+from app.runtime.selection import VariantChoice, choose_variant
+from app.runtime.targets import TargetProfile, resolve_profile
+from app.scheduling.admission import Admission
+from app.scheduling.pipeline import StagedPipeline
+from app.service import InferenceService, LoadedModel
+from app.settings import Settings
+from models.manifest import PIXELS
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What loading gives before anything needs an event loop."""
+
+    stored: StoredModel
+    choice: VariantChoice
+    backends: tuple[OrtBackend, ...]  # one per instance
+
+
+async def open_service(settings: Settings, metrics: Metrics) -> InferenceService:
+    """Load, verify and warm up every model of the settings; the service is ready when this returns.
+
+    Raises:
+        StartupError, ModelInvalid, ModelNotFound: what cannot work, in words for the operator.
+    """
+    profile = resolve_profile(
+        settings.runtime.target,
+        instances=settings.runtime.instances,
+        intra_op_threads=settings.runtime.intra_op_threads,
+    )
+    _check_capacity(settings, profile)
+    store = ModelStore(settings.repository.root)
+
+    async def load(name: str, version: int | None) -> tuple[int, LoadedModel]:
+        opened = await asyncio.to_thread(_open_model, store, name, version, settings, profile)
+        model = _start_model(opened, settings, profile, metrics)
+        return model.manifest.version, model
+
+    registry = ModelRegistry(load, settings.repository.default_model)
+    admission = Admission(
+        max_images=settings.limits.max_in_flight, max_bytes=settings.limits.max_in_flight_bytes, metrics=metrics
+    )
+    service = InferenceService(
+        registry,
+        admission,
+        metrics,
+        max_pixels=settings.limits.max_pixels,
+        decode_threads=settings.limits.decode_threads or num_cpus(),
+    )
+    names = settings.repository.models or store.names()
+    if not names:
+        raise StartupError(f"there is no model in {settings.repository.root}; set FOVEA_REPOSITORY__ROOT to where yours are")
+    default = settings.repository.default_model
+    if default is not None and default not in names:
+        raise ModelNotFound(f"the default model {default!r} is not among those to load: {', '.join(names)}")
+    try:
+        for name in names:
+            await registry.load(name)
+    except BaseException:
+        await service.close()
+        raise
+    metrics.ready.set(1)
+    return service
+
+
+def _check_capacity(settings: Settings, profile: TargetProfile) -> None:
+    wanted = settings.batching.max_batch_size * profile.instances
+    if settings.limits.max_in_flight < wanted:
+        raise StartupError(
+            f"limits.max_in_flight ({settings.limits.max_in_flight}) is below batching.max_batch_size x instances ({wanted}), "
+            "so batches could never be full: raise the one or lower the other"
+        )
+
+
+def _open_model(store: ModelStore, name: str, version: int | None, settings: Settings, profile: TargetProfile) -> _Opened:
+    """Everything that takes time: checksums, sessions, warm-up, golden pair, timing."""
+    started = time.perf_counter()
+    stored = store.open(name, version)
+    manifest = stored.manifest
+    batch_size = settings.batching.max_batch_size
+    candidates: dict[str, OrtBackend] = {}
+    for variant in _allowed_variants(stored, settings.runtime.variant, profile):
+        backend = OrtBackend(stored.directory, manifest, variant, profile)
+        verify_golden(backend, stored.directory, manifest, variant)
+        backend.warm_up(sorted({1, batch_size}))
+        candidates[variant] = backend
+    choice = choose_variant(candidates, manifest.stages, batch_size=batch_size, instances=profile.instances)
+    if settings.runtime.variant != "auto":
+        choice = VariantChoice(choice.name, f"{choice.name} was asked for by FOVEA_RUNTIME__VARIANT", {})
+    chosen = candidates.pop(choice.name)
+    for backend in candidates.values():
+        backend.close()
+    # With one ONNX Runtime thread the calling thread does all the work, so instances can share sessions, and weights
+    # lie in memory once. With more, each needs a thread pool of its own.
+    shared = profile.intra_op_threads == 1
+    others = [
+        chosen if shared else OrtBackend(stored.directory, manifest, choice.name, profile) for _ in range(profile.instances - 1)
+    ]
+    log.info(
+        "model loaded",
+        model=name,
+        version=manifest.version,
+        target=profile.target.value,
+        variant=choice.name,
+        why=choice.reason,
+        instances=profile.instances,
+        threads_each=profile.intra_op_threads,
+        seconds=round(time.perf_counter() - started, 2),
+    )
+    return _Opened(stored, choice, (chosen, *others))
+
+
+def _allowed_variants(stored: StoredModel, wanted: str, profile: TargetProfile) -> list[str]:
+    allowed = [variant.name for variant in stored.manifest.variants if profile.target in variant.targets]
+    if wanted == "auto":
+        if not allowed:
+            raise StartupError(f"{stored.manifest.name} has no variant for target {profile.target}")
+        return allowed
+    if wanted not in allowed:
+        raise StartupError(
+            f"variant {wanted!r} of {stored.manifest.name} cannot be served on target {profile.target}; "
+            f"allowed: {', '.join(allowed) or 'none'}"
+        )
+    return [wanted]
+
+
+def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, metrics: Metrics) -> LoadedModel:
+    manifest, choice = opened.stored.manifest, opened.choice
+    pool = BackendPool(opened.backends)
+    pipeline = StagedPipeline(
+        pool,
+        ExitPolicy(manifest.variant(choice.name).exits),
+        input_name=PIXELS,
+        model=manifest.name,
+        metrics=metrics,
+        max_batch_size=settings.batching.max_batch_size,
+        max_queue_delay_s=settings.batching.max_queue_delay_s,
+    )
+    pipeline.start()
+    labels: Mapping[str, str] = {
+        "model": manifest.name,
+        "version": str(manifest.version),
+        "target": profile.target.value,
+        "variant": choice.name,
+    }
+    metrics.model.labels(**labels).info({})
+    return LoadedModel(
+        manifest=manifest,
+        labels=opened.stored.labels,
+        target=profile.target,
+        variant=choice.name,
+        variant_reason=choice.reason,
+        pipeline=pipeline,
+        pool=pool,
+    )

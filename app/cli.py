@@ -1,0 +1,219 @@
+"""The command `fovea`: serve, predict, models, check, and the exporter's commands where its extra is installed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from pydantic_settings import SettingsError
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from app import __version__
+from app.assembly import open_service
+from app.errors import ServiceError
+from app.http.errors import describe_validation
+from app.http.schemas import answer_body
+from app.log import configure
+from app.metrics import Metrics, create_registry
+from app.repository.store import ModelStore
+from app.service import InferenceService, LoadedModel
+from app.settings import Settings
+from app.types import Prediction
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+out = Console()
+err = Console(stderr=True)
+
+IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+Repository = Annotated[Path | None, typer.Option(help="Model repository; unset: FOVEA_REPOSITORY__ROOT, or the embedded one.")]
+
+
+def main() -> None:
+    """Run the command; an error that we know is one line and exit status 1, not a traceback."""
+    try:
+        cli(prog_name="fovea")
+    except ServiceError as error:
+        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except (ValidationError, SettingsError) as error:
+        text = describe_validation(error.errors()) if isinstance(error, ValidationError) else str(error)
+        err.print(f"[red]settings:[/] {text}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+@cli.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    """Image inference made cheap: early exits, INT8 and dynamic batching behind a REST API."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@cli.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    repository: Repository = None,
+) -> None:
+    """Serve the REST API until SIGTERM or Ctrl-C."""
+    from app.http.application import create_app
+    from app.http.server import serve as run_server
+
+    settings = _settings(repository, host=host, port=port)
+    configure(settings.log.level, settings.log.format)
+    raise typer.Exit(run_server(create_app(settings), settings, _say_where))
+
+
+@cli.command()
+def predict(
+    files: Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")],
+    model: Annotated[str | None, typer.Option(help="Model to use.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per image, one a line.")] = False,
+    repository: Repository = None,
+) -> None:
+    """Classify files without a server, with the same code."""
+    settings = _settings(repository)
+    configure("warning", settings.log.format)
+    paths = list(_images(files))
+    if not paths:
+        err.print("[red]there are no images in these folders[/]")
+        raise typer.Exit(1)
+    failed = asyncio.run(_predict(settings, paths, model, top_k, as_json=as_json))
+    raise typer.Exit(1 if failed else 0)
+
+
+@cli.command()
+def models(repository: Repository = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the models of the repository and where they may run."""
+    settings = _settings(repository)
+    store = ModelStore(settings.repository.root)
+    manifests = [store.open(name, version).manifest for name in store.names() for version in store.versions(name)]
+    if as_json:
+        sys.stdout.write(json.dumps([manifest.model_dump(mode="json") for manifest in manifests], indent=2) + "\n")
+        return
+    table = Table("model", "version", "classes", "stages", "MMACs by stage", "variants (targets)")
+    for manifest in manifests:
+        variants = "; ".join(f"{variant.name} ({', '.join(variant.targets)})" for variant in manifest.variants)
+        costs = " + ".join(f"{1000 * stage.gmacs:.1f}" for stage in manifest.stages)
+        table.add_row(
+            manifest.name, str(manifest.version), str(manifest.num_classes), str(len(manifest.stages)), costs, variants
+        )
+    out.print(table)
+
+
+@cli.command()
+def check(repository: Repository = None) -> None:
+    """Load every model as the service would: checksums, sessions, warm-up, golden pair, timing; then say what would serve."""
+    settings = _settings(repository)
+    configure("warning", settings.log.format)
+
+    async def load() -> list[LoadedModel]:
+        service = await open_service(settings, Metrics(create_registry()))
+        loaded = [model for _, _, model in service.registry.loaded()]
+        await service.close()
+        return loaded
+
+    for model in asyncio.run(load()):
+        name = f"{model.manifest.name} version {model.manifest.version}"
+        out.print(f"[green]ok[/] {name} on {model.target}: {model.variant_reason}", soft_wrap=True, highlight=False)
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def export(context: typer.Context) -> None:
+    """Make a published version out of a trained network (needs the `export` extra)."""
+    try:
+        from exporters.cli import app as exporter
+    except ModuleNotFoundError as error:
+        err.print(f"[red]exporting needs the package {error.name}:[/] pip install 'fovea[cpu,export]'", highlight=False)
+        raise typer.Exit(1) from error
+    exporter(["export", *context.args], prog_name="fovea")
+
+
+def _settings(repository: Path | None, *, host: str | None = None, port: int | None = None) -> Settings:
+    """The environment's settings, with what the command line says instead."""
+    settings = Settings()
+    http: dict[str, Any] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    changed: dict[str, Any] = {"http": {**settings.http.model_dump(), **http}}
+    if repository is not None:
+        changed["repository"] = {**settings.repository.model_dump(), "root": repository}
+    return Settings.model_validate({**settings.model_dump(), **changed})
+
+
+def _say_where(url: str) -> None:
+    reachable = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")  # noqa: S104 - shown, not listened on
+    command = f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {shlex.quote(reachable + '/v1/classify')}"
+    err.print(f"\nFovea is ready: {reachable}\n{command}\n", soft_wrap=True, highlight=False)
+
+
+def _images(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        else:
+            yield path
+
+
+async def _predict(settings: Settings, paths: list[Path], model: str | None, top_k: int, *, as_json: bool) -> int:
+    """Classify and show; how many could not be."""
+    service = await open_service(settings, Metrics(create_registry()))
+    try:
+        loaded = service.registry.get(model)
+        workers = 2 * settings.batching.max_batch_size  # enough to fill batches, few enough to show progress
+        answers: list[Prediction | ServiceError | None] = [None] * len(paths)
+        queue = iter(enumerate(paths))
+        with Progress(console=err, transient=True, disable=len(paths) < 2) as progress:
+            task = progress.add_task("classifying", total=len(paths))
+
+            async def work() -> None:
+                for index, path in queue:
+                    answers[index] = await _classify_file(service, loaded, path, top_k)
+                    progress.advance(task)
+
+            await asyncio.gather(*(work() for _ in range(workers)))
+    finally:
+        await service.close()
+    results = [(path, answer) for path, answer in zip(paths, answers, strict=True) if answer is not None]
+    if as_json:
+        _print_json(results)
+    else:
+        _print_table(results)
+    return sum(isinstance(answer, ServiceError) for _, answer in results)
+
+
+async def _classify_file(service: InferenceService, model: LoadedModel, path: Path, top_k: int) -> Prediction | ServiceError:
+    data = await asyncio.to_thread(path.read_bytes)
+    with service.admission.admit() as permit:
+        (answer,) = await service.classify([data], permit, model=model, top_k=top_k)
+    return answer
+
+
+def _print_json(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
+    for path, answer in results:
+        body = answer_body(answer)
+        sys.stdout.write(json.dumps({"file": str(path), **body}) + "\n")
+
+
+def _print_table(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
+    table = Table("file", "label", "probability", "exit", "decode ms", "compute ms")
+    for path, answer in results:
+        if isinstance(answer, ServiceError):
+            table.add_row(str(path), f"[red]{answer.code}[/]: {answer}")
+            continue
+        labels = "\n".join(score.label for score in answer.predictions)
+        probabilities = "\n".join(f"{score.probability:.3f}" for score in answer.predictions)
+        exit_ = f"{answer.exit.stage + 1} of {answer.exit.num_stages}"
+        decode, compute = 1000 * answer.timings.decode_s, 1000 * sum(answer.timings.compute_s)
+        table.add_row(str(path), labels, probabilities, exit_, f"{decode:.1f}", f"{compute:.1f}")
+    out.print(table)

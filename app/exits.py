@@ -1,0 +1,72 @@
+"""The exit decision on logits: may an image leave after this stage? Pure NumPy, no asyncio, no ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from app.postprocess import softmax
+from app.types import FloatArray
+from models.manifest import ExitSpec
+
+
+def max_softmax(probabilities: FloatArray) -> FloatArray:
+    """The largest probability, (B, C) -> (B,), in 1/C .. 1 (Hendrycks and Gimpel, ICLR 2017)."""
+    score: FloatArray = probabilities.max(axis=-1)
+    return score
+
+
+def margin(probabilities: FloatArray) -> FloatArray:
+    """The largest probability minus the second, (B, C) -> (B,), in 0 .. 1."""
+    if probabilities.shape[-1] < 2:
+        return np.ones(probabilities.shape[:-1], dtype=np.float32)
+    two: FloatArray = np.partition(probabilities, -2, axis=-1)[..., -2:]
+    score: FloatArray = two[..., 1] - two[..., 0]
+    return score
+
+
+def entropy(probabilities: FloatArray) -> FloatArray:
+    """1 minus the normalised entropy, (B, C) -> (B,), in 0 .. 1: high is sure, as with the other scores.
+
+    Source: Teerapittayanon et al., BranchyNet, ICPR 2016, where the entropy itself is compared.
+    """
+    classes = max(2, probabilities.shape[-1])
+    terms = probabilities * np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    score: FloatArray = (1 + terms.sum(axis=-1) / np.log(classes)).astype(np.float32)
+    return score
+
+
+SCORES: dict[str, Callable[[FloatArray], FloatArray]] = {"max_softmax": max_softmax, "margin": margin, "entropy": entropy}
+
+
+class ExitPolicy:
+    """Decides by the scores, temperatures and thresholds fitted for one variant."""
+
+    def __init__(self, exits: Sequence[ExitSpec]) -> None:
+        self._exits = tuple(exits)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._exits)
+
+    def probabilities(self, stage: int, logits: FloatArray) -> FloatArray:
+        """Calibrated probabilities of this exit, (..., C) -> (..., C)."""
+        return softmax(logits, self._exits[stage].temperature)
+
+    def decide(self, stage: int, logits: FloatArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
+        """Which images leave after this stage.
+
+        Args:
+            stage: index from 0; from the last stage every image leaves.
+            logits: float32 (B, C).
+
+        Returns:
+            leave: bool (B,); confidence: the exit's score, float32 (B,).
+        """
+        spec = self._exits[stage]
+        confidence = SCORES[spec.score](softmax(logits, spec.temperature))
+        threshold = -np.inf if spec.threshold is None else spec.threshold
+        leave: npt.NDArray[np.bool_] = np.asarray(confidence >= np.float32(threshold))
+        return leave, confidence

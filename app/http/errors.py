@@ -1,0 +1,105 @@
+"""Errors over HTTP: the table code -> status, and the one JSON shape (RFC 9457, application/problem+json)."""
+
+from __future__ import annotations
+
+import http
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from app.errors import InvalidRequest, Overloaded, ServiceError
+from app.log import get_logger, request_id
+
+log = get_logger(__name__)
+
+PROBLEM_JSON = "application/problem+json"
+TYPE_PREFIX = "urn:fovea:error:"
+# code -> (status, title). The title is the same for every occurrence; the detail tells this one.
+STATUSES: dict[str, tuple[int, str]] = {
+    "invalid_request": (422, "The request is not valid"),
+    "payload_too_large": (413, "The request is too large"),
+    "image_too_large": (413, "The image has too many pixels"),
+    "unsupported_image": (415, "The image format is not supported"),
+    "invalid_image": (422, "The image cannot be read"),
+    "model_not_found": (404, "There is no such model"),
+    "model_not_ready": (503, "The model is not ready"),
+    "overloaded": (503, "The service is overloaded"),
+    "deadline_exceeded": (504, "The time budget ended"),
+    "inference_failed": (500, "The model failed"),
+    "model_invalid": (500, "The model is damaged"),
+    "startup_error": (500, "The service is not set up correctly"),
+    "not_found": (404, "There is nothing at this address"),
+    "method_not_allowed": (405, "The method is not allowed here"),
+    "client_closed_request": (400, "The request ended early"),
+    "internal_error": (500, "Something went wrong in the service"),
+}
+
+
+def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
+    """One error as problem+json."""
+    status, title = STATUSES[code]
+    body = {
+        "type": TYPE_PREFIX + code,
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": request_id.get(),
+        **extra,
+    }
+    return Response(orjson.dumps(body), status, headers, media_type=PROBLEM_JSON)
+
+
+def service_problem(error: ServiceError) -> Response:
+    """The problem of a ServiceError; Overloaded carries its measured Retry-After, in whole seconds."""
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Overloaded) else None
+    return problem(error.code, str(error), headers=headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every error of the application the one shape."""
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+async def _on_service_error(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, ServiceError):
+        raise error
+    return service_problem(error)
+
+
+async def _on_validation_error(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    return service_problem(InvalidRequest(describe_validation(error.errors())))
+
+
+async def _on_http_exception(_request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    if error.status_code == http.HTTPStatus.NOT_FOUND:
+        return problem("not_found", "See /docs for the routes there are.")
+    if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        return problem("method_not_allowed", "See /docs for the methods of this route.", headers=error.headers)
+    return service_problem(InvalidRequest(str(error.detail)))
+
+
+async def _on_unexpected(_request: Request, error: Exception) -> Response:
+    log.error("unexpected error", exc_info=error)
+    return problem("internal_error", "The request could not be answered; the service's log has the cause under its id.")
+
+
+def describe_validation(errors: Any) -> str:
+    """pydantic's list of errors as one sentence: where, what."""
+    parts = []
+    for error in errors:
+        where = ".".join(str(step) for step in error["loc"] if step not in ("query", "path", "body"))
+        parts.append(f"{where}: {error['msg']}" if where else str(error["msg"]))
+    return "; ".join(parts)

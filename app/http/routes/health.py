@@ -1,0 +1,32 @@
+"""GET /health/live and /health/ready."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from app.http.dependencies import ServiceDep
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+
+class Live(BaseModel):
+    live: bool = True
+
+
+class Ready(BaseModel):
+    ready: bool
+
+
+@router.get("/live", summary="Is the process alive?")
+async def live() -> Live:
+    """200 as long as the event loop turns, also while the service stops."""
+    return Live()
+
+
+@router.get("/ready", summary="Are requests welcome?", responses={503: {"model": Ready}})
+async def ready(service: ServiceDep, response: Response) -> Ready:
+    """200 when every model is loaded and verified; 503 while the service stops or after a model failed."""
+    if not service.ready:
+        response.status_code = 503
+    return Ready(ready=service.ready)

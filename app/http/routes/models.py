@@ -1,0 +1,49 @@
+"""GET /v1/models…"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.http.dependencies import ServiceDep
+from app.http.schemas import ModelBody, ModelsResponse
+from app.service import InferenceService, LoadedModel
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("", summary="Everything loaded")
+async def list_models(service: ServiceDep) -> ModelsResponse:
+    """Every loaded version, by name and version."""
+    return ModelsResponse(models=[_body(service, model) for _, _, model in service.registry.loaded()])
+
+
+@router.get("/{name}", summary="The highest loaded version of a model")
+async def get_model(name: str, service: ServiceDep) -> ModelBody:
+    """What it is, what it runs on, and where it comes from."""
+    return _body(service, service.registry.get(name))
+
+
+@router.get("/{name}/versions/{version}", summary="One loaded version of a model")
+async def get_version(name: str, version: int, service: ServiceDep) -> ModelBody:
+    """What it is, what it runs on, and where it comes from."""
+    return _body(service, service.registry.get(name, version))
+
+
+def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
+    manifest, registry = model.manifest, service.registry
+    is_default = registry.default_model is not None and registry.get() is model
+    return ModelBody(
+        name=manifest.name,
+        version=manifest.version,
+        default=is_default,
+        ready=not model.failed,
+        target=model.target.value,
+        variant=model.variant,
+        variant_reason=model.variant_reason,
+        stages=len(manifest.stages),
+        classes=manifest.num_classes,
+        labels=list(model.labels),
+        gmacs_by_stage=[round(stage.gmacs, 6) for stage in manifest.stages],
+        exits=[exit_.model_dump() for exit_ in manifest.variant(model.variant).exits],
+        provenance=manifest.provenance,
+    )

@@ -1,0 +1,38 @@
+"""GET / -> the web page, GET /docs -> the API page, and their files under /static; nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+
+router = APIRouter(include_in_schema=False)
+
+STATIC = Path(__file__).resolve().parent.parent / "static"
+# Everything the page needs comes from here; previews of photos are blobs.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@router.get("/")
+async def page() -> FileResponse:
+    """The page."""
+    return FileResponse(STATIC / "index.html", headers=HEADERS)
+
+
+@router.get("/docs")
+async def docs() -> FileResponse:
+    """The API, to read and to try; FastAPI's own page loads its scripts from a content delivery network."""
+    return FileResponse(STATIC / "docs.html", headers=HEADERS)
+
+
+def mount_static(app: FastAPI) -> None:
+    """The files of the pages. Swagger UI's come out of the package that carries them."""
+    app.mount("/static/swagger", StaticFiles(directory=str(files("fastapi_offline") / "static")))  # first match wins
+    app.mount("/static", StaticFiles(directory=STATIC))

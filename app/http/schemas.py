@@ -1,0 +1,159 @@
+"""The public JSON: bodies of requests and answers. Answers are written directly; tests hold them to these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.errors import ServiceError
+from app.types import Prediction
+
+EXAMPLE_PNG = (  # a red square of 8 x 8 pixels, so that the example in the API page works when it is sent
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO44uCPFTEMLQlscQwAyP5jAV5wjGUAAAAASUVORK5CYII="
+)
+
+
+class ClassifyFields(BaseModel):
+    """Parameters that may stand in the body instead of the query."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="Model to use; unset: the default one.")
+    version: int | None = Field(None, ge=1, description="Version of the model; unset: the highest loaded.")
+    top_k: int | None = Field(None, description="How many classes to answer with; unset: 5, or all if there are fewer.")
+
+
+class ClassifyJson(ClassifyFields):
+    """A request with images in JSON."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [EXAMPLE_PNG], "top_k": 3}]})
+
+    images: list[str] = Field(description="Each an encoded image (JPEG, PNG, ...) in base64; a data: URL is accepted too.")
+
+
+class LabelScoreBody(BaseModel):
+    label: str
+    index: int = Field(description="Number of the class, from 0.")
+    probability: float = Field(description="Calibrated on images that were not trained on.")
+
+
+class ExitBody(BaseModel):
+    stage: int = Field(description="The stage after which the image left, from 0.")
+    stages: int = Field(description="How many stages the model has.")
+    confidence: float = Field(description="The score of the exit, 0 .. 1.")
+
+
+class StageTimingsBody(BaseModel):
+    queue: float = Field(description="Wait for a batch of this stage.")
+    compute: float = Field(description="Run of the batch the image was in.")
+
+
+class TimingsBody(BaseModel):
+    decode: float = Field(description="Decoding and preprocessing, with the wait for a thread.")
+    queue: float = Field(description="All waits for a batch.")
+    compute: float = Field(description="All runs.")
+    total: float = Field(description="From the body's arrival to the answer.")
+    stages: list[StageTimingsBody] = Field(description="One for each stage the image went through.")
+
+
+class ErrorBody(BaseModel):
+    code: str
+    detail: str
+
+
+class ImageResult(BaseModel):
+    """One image's answer: either predictions, exit and timings, or an error."""
+
+    predictions: list[LabelScoreBody] | None = None
+    exit: ExitBody | None = None
+    timings_ms: TimingsBody | None = None
+    error: ErrorBody | None = None
+
+
+class ClassifyResponse(BaseModel):
+    """One result per image, in the order of the request."""
+
+    model: str
+    version: int
+    variant: str
+    request_id: str | None
+    results: list[ImageResult]
+
+
+class ModelBody(BaseModel):
+    """A loaded version."""
+
+    name: str
+    version: int
+    default: bool = Field(description="Used when a request names no model and no version.")
+    ready: bool
+    target: str = Field(description="Hardware target it runs on.")
+    variant: str = Field(description="Precision it runs at.")
+    variant_reason: str = Field(description="Why this variant.")
+    stages: int
+    classes: int
+    labels: list[str]
+    gmacs_by_stage: list[float] = Field(description="10^9 multiply-adds per image, of each stage alone.")
+    exits: list[dict[str, Any]] = Field(description="Score, temperature and threshold of each exit.")
+    provenance: dict[str, str]
+
+
+class ModelsResponse(BaseModel):
+    models: list[ModelBody]
+
+
+class Problem(BaseModel):
+    """RFC 9457, application/problem+json."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str | None
+
+
+def prediction_body(prediction: Prediction) -> dict[str, Any]:
+    """The JSON of one image's prediction; see `ImageResult`. Seconds become milliseconds here."""
+    timings = prediction.timings
+    return {
+        "predictions": [
+            {"label": p.label, "index": p.index, "probability": round(p.probability, 6)} for p in prediction.predictions
+        ],
+        "exit": {
+            "stage": prediction.exit.stage,
+            "stages": prediction.exit.num_stages,
+            "confidence": round(prediction.exit.confidence, 6),
+        },
+        "timings_ms": {
+            "decode": _ms(timings.decode_s),
+            "queue": _ms(sum(timings.queue_s)),
+            "compute": _ms(sum(timings.compute_s)),
+            "total": _ms(timings.total_s),
+            "stages": [
+                {"queue": _ms(queue), "compute": _ms(compute)}
+                for queue, compute in zip(timings.queue_s, timings.compute_s, strict=True)
+            ],
+        },
+    }
+
+
+def answer_body(answer: Prediction | ServiceError) -> dict[str, Any]:
+    """The JSON of one image's answer, good or bad."""
+    if isinstance(answer, ServiceError):
+        return {"error": {"code": answer.code, "detail": str(answer)}}
+    return prediction_body(answer)
+
+
+def server_timing(predictions: Sequence[Prediction]) -> str:
+    """The Server-Timing header (W3C) of the image that took longest: decode, queue, compute of each stage, total."""
+    slowest = max(predictions, key=lambda prediction: prediction.timings.total_s).timings
+    parts = [f"decode;dur={_ms(slowest.decode_s)}", f"queue;dur={_ms(sum(slowest.queue_s))}"]
+    parts += [f"stage_{stage};dur={_ms(seconds)}" for stage, seconds in enumerate(slowest.compute_s)]
+    return ", ".join([*parts, f"total;dur={_ms(slowest.total_s)}"])
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)

@@ -1,0 +1,24 @@
+"""What a backend is to the pool: synchronous, one caller at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from app.types import Array, StageOutput
+
+
+class Backend(Protocol):
+    """Runs the stages of one variant."""
+
+    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        """Run one stage on a batch; raises whatever the engine raises."""
+        ...
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Run every stage at these batch sizes, so that the first request pays for no allocation."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the backend cannot run afterwards."""
+        ...

@@ -1,0 +1,86 @@
+"""ONNX Runtime as a backend: one session per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from app.errors import ModelInvalid, StartupError
+from app.runtime.targets import TargetProfile
+from app.types import Array, StageOutput
+from models.manifest import LOGITS, ModelManifest, StageSpec, TensorSpec
+
+ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)", "int64": "tensor(int64)"}
+
+
+class OrtBackend:
+    """The stages of one variant. `run` may be called from several threads: sessions keep no state between runs.
+
+    Raises:
+        ModelInvalid: a file is not what the manifest says, or ONNX Runtime cannot read it.
+        StartupError: the provider asked for is not the one the session got.
+    """
+
+    def __init__(self, directory: Path, manifest: ModelManifest, variant: str, profile: TargetProfile) -> None:
+        self._stages = manifest.stages
+        self._sessions = [
+            _open_session(directory / file, stage, profile)
+            for file, stage in zip(manifest.variant(variant).files, manifest.stages, strict=True)
+        ]
+        self._output_names = [[tensor.name for tensor in stage.outputs] for stage in manifest.stages]
+
+    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        """Run one stage on a batch: `inputs` are the arrays the manifest's stage takes, each (B, ...)."""
+        names = self._output_names[stage]
+        outputs = dict(zip(names, self._sessions[stage].run(names, inputs), strict=True))
+        return StageOutput(logits=outputs.pop(LOGITS), state=outputs)
+
+    def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        """Run every stage once at each batch size, on zeros."""
+        for batch_size in batch_sizes:
+            for index, stage in enumerate(self._stages):
+                self.run(index, {tensor.name: _zeros(tensor, batch_size) for tensor in stage.inputs})
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._sessions.clear()
+
+
+def _open_session(path: Path, stage: StageSpec, profile: TargetProfile) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = profile.intra_op_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; what matters is raised
+    # Idle threads must not spin: other instances, decoding and the event loop need these cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        # A bias fused with Gelu is slower on the CPU than the two apart (docs/benchmarks.md).
+        session = ort.InferenceSession(path, options, providers=list(profile.providers), disabled_optimizers=["BiasGeluFusion"])
+    except Exception as error:  # ONNX Runtime's errors have no common base but this
+        raise ModelInvalid(f"ONNX Runtime cannot open {path.name}: {error}") from error
+    # ONNX Runtime falls back to the CPU without an error, so compare with what the session really got.
+    got = session.get_providers()[0]
+    if got != profile.providers[0]:
+        raise StartupError(
+            f"target {profile.target} needs {profile.providers[0]}, but ONNX Runtime fell back to {got}: "
+            "its driver or a library is missing. Mend that, or choose another FOVEA_RUNTIME__TARGET"
+        )
+    _compare(path, "input", session.get_inputs(), stage.inputs)
+    _compare(path, "output", session.get_outputs(), stage.outputs)
+    return session
+
+
+def _compare(path: Path, kind: str, found: Sequence[ort.NodeArg], wanted: Sequence[TensorSpec]) -> None:
+    described = {node.name: (node.type, tuple(node.shape[1:])) for node in found}
+    expected = {tensor.name: (ORT_TYPES[tensor.dtype], tensor.shape[1:]) for tensor in wanted}
+    if described != expected:
+        raise ModelInvalid(f"{path.name} has the {kind}s {described}, but the manifest says {expected}")
+
+
+def _zeros(tensor: TensorSpec, batch_size: int) -> Array:
+    shape = [batch_size, *(size for size in tensor.shape[1:] if isinstance(size, int))]
+    return np.zeros(shape, dtype=tensor.dtype)

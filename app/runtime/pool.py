@@ -1,0 +1,59 @@
+"""N instances, one thread each; lent to coroutines first come, first served (docs/adr/0006)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from app.runtime.backend import Backend
+from app.types import Array, StageOutput, StageRun
+
+
+class BackendPool:
+    """Implements `StageExecutor`.
+
+    Args:
+        backends: one per instance; the same one may stand several times where it may run on several threads.
+    """
+
+    def __init__(self, backends: Sequence[Backend]) -> None:
+        if not backends:
+            raise ValueError("a pool needs at least one backend")
+        self._backends = tuple(dict.fromkeys(backends))
+        self._instances = [_Instance(backend, index) for index, backend in enumerate(backends)]
+        self._idle = list(self._instances)
+        # A fair semaphore, not an asyncio.Queue of instances: there the loop that returns one takes it again before
+        # the waiting loop has woken, and the later stages starve.
+        self._free = asyncio.Semaphore(len(self._instances))
+
+    @property
+    def num_instances(self) -> int:
+        return len(self._instances)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[StageRun]:
+        """Wait for a free instance and borrow it."""
+        async with self._free:
+            instance = self._idle.pop()
+            try:
+                yield instance.run
+            finally:
+                self._idle.append(instance)
+
+    def close(self) -> None:
+        """End the threads after the runs they are in, and close the backends."""
+        for instance in self._instances:
+            instance.thread.shutdown(wait=True)
+        for backend in self._backends:
+            backend.close()
+
+
+class _Instance:
+    def __init__(self, backend: Backend, index: int) -> None:
+        self._backend = backend
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"instance-{index}")
+
+    async def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._backend.run, stage, inputs)

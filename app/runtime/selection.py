@@ -1,0 +1,82 @@
+"""Which variant serves: the fastest as timed on this machine at load, not the one that ought to be."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.runtime.backend import Backend
+from app.types import Array
+from models.manifest import StageSpec
+
+MIN_ROUNDS = 3
+MAX_ROUNDS = 15
+TIME_BUDGET_S = 0.6  # of timing in all, once the least rounds are done
+
+
+@dataclass(frozen=True, slots=True)
+class VariantChoice:
+    """What was chosen and why."""
+
+    name: str
+    reason: str
+    images_per_second: Mapping[str, float]  # per variant, all stages, no exits, all instances busy; empty if not timed
+
+
+def choose_variant(
+    backends: Mapping[str, Backend],
+    stages: Sequence[StageSpec],
+    *,
+    batch_size: int,
+    instances: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> VariantChoice:
+    """Time the variants in turn (A B A B ...) with all instances busy, and take the one with the best median.
+
+    Args:
+        backends: warmed up, by variant; the first is the reference in the reason.
+        stages: every stage is run on every image, as for the images that never leave early.
+        batch_size: images in a run.
+        instances: threads that run at once.
+    """
+    if len(backends) == 1:
+        (name,) = backends
+        return VariantChoice(name, f"{name} is the only variant allowed here", {})
+
+    inputs = [{t.name: _noise(t.shape, t.dtype, batch_size) for t in stage.inputs} for stage in stages]
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    started = clock()
+    with ThreadPoolExecutor(instances) as threads:
+        for round_ in range(MAX_ROUNDS):
+            if round_ >= MIN_ROUNDS and clock() - started > TIME_BUDGET_S:
+                break
+            for name, backend in backends.items():
+                before = clock()
+                for future in [threads.submit(_run_all, backend, inputs) for _ in range(instances)]:
+                    future.result()
+                seconds[name].append(clock() - before)
+    rates = {name: batch_size * instances / statistics.median(times) for name, times in seconds.items()}
+    best = max(rates, key=lambda name: rates[name])
+    others = ", ".join(f"{rates[best] / rate:.2f} x {name} ({rate:.0f}/s)" for name, rate in rates.items() if name != best)
+    conditions = f"batch {batch_size}, {instances} instances, no exits"
+    reason = f"{best} is the fastest here: {rates[best]:.0f} images/s = {others}; {conditions}"
+    return VariantChoice(best, reason, rates)
+
+
+def _run_all(backend: Backend, inputs: Sequence[Mapping[str, Array]]) -> None:
+    for stage, arrays in enumerate(inputs):
+        backend.run(stage, arrays)
+
+
+def _noise(shape: Sequence[int | str], dtype: str, batch_size: int) -> Array:
+    """Random values of a usual size: zeros would let some kernels take shortcuts."""
+    sizes = [batch_size, *(size for size in shape[1:] if isinstance(size, int))]
+    generator = np.random.default_rng(0)
+    if dtype == "float32":
+        return generator.standard_normal(sizes, dtype=np.float32)
+    return generator.integers(0, 256, sizes).astype(dtype)

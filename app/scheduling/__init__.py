@@ -1,0 +1,1 @@
+"""Admission, dynamic batching and the staged pipeline: asyncio, and nothing of images or ONNX."""

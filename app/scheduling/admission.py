@@ -1,0 +1,118 @@
+"""The one limit on everything in flight (docs/adr/0002): images and bytes. Nothing behind it refuses work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from app.errors import Overloaded
+from app.metrics import Metrics
+
+MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
+RATE_HALF_LIFE_S = 5.0  # how fast the measured throughput forgets
+
+
+class Permit:
+    """What one request holds: some bytes while it is read, some images while they are computed.
+
+    A context manager; leaving it gives everything back.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.images = 0
+        self.num_bytes = 0
+
+    def take_bytes(self, count: int) -> None:
+        """Hold `count` more bytes; Overloaded when they are not to be had."""
+        self._admission.take(0, count)
+        self.num_bytes += count
+
+    def take_images(self, count: int) -> None:
+        """Hold `count` more images, all or none; Overloaded when they are not to be had."""
+        self._admission.take(count, 0)
+        self.images += count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._admission.give_back(self.images, self.num_bytes, answered=error is None)
+        self.images = self.num_bytes = 0
+
+
+class Admission:
+    """Counts what is in flight; refuses at once what would go beyond. For one event loop, so it needs no lock."""
+
+    def __init__(
+        self,
+        *,
+        max_images: int,
+        max_bytes: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_images = max_images
+        self._max_bytes = max_bytes
+        self._metrics = metrics
+        self._clock = clock
+        self._images = 0
+        self._bytes = 0
+        self._answered = 0.0  # images answered, decaying with RATE_HALF_LIFE_S
+        self._answered_at = clock()
+        self._closed = False
+
+    @property
+    def images_in_flight(self) -> int:
+        return self._images
+
+    def admit(self) -> Permit:
+        """An empty permit for a request that has just arrived; Overloaded while the service stops."""
+        if self._closed:
+            raise Overloaded("the service is stopping; send the request to another instance", retry_after_s=MIN_RETRY_AFTER_S)
+        return Permit(self)
+
+    def close(self) -> None:
+        """Admit nothing more; what holds a permit goes on."""
+        self._closed = True
+
+    def retry_after_s(self) -> float:
+        """How long the images in flight will take at the rate of the last seconds, within 1 .. 60 s."""
+        rate = self._decayed() * math.log(2) / RATE_HALF_LIFE_S  # images/s: a steady rate r settles at r / decay constant
+        wait = self._images / rate if rate > 0 else MIN_RETRY_AFTER_S
+        return min(max(wait, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+
+    def take(self, images: int, num_bytes: int) -> None:
+        """For `Permit`: count more as in flight, or raise Overloaded and count nothing."""
+        if self._images + images > self._max_images:
+            raise Overloaded(
+                f"{self._images} images are being worked on and at most {self._max_images} are accepted at once; "
+                "try again later",
+                retry_after_s=self.retry_after_s(),
+            )
+        if self._bytes + num_bytes > self._max_bytes:
+            raise Overloaded(
+                f"requests of {self._bytes} bytes are being worked on and at most {self._max_bytes} bytes are accepted "
+                "at once; try again later",
+                retry_after_s=self.retry_after_s(),
+            )
+        self._add(images, num_bytes)
+
+    def give_back(self, images: int, num_bytes: int, *, answered: bool) -> None:
+        """For `Permit`: no longer in flight; `answered` images count for the measured rate."""
+        self._add(-images, -num_bytes)
+        if answered:
+            self._answered = self._decayed() + images
+            self._answered_at = self._clock()
+
+    def _add(self, images: int, num_bytes: int) -> None:
+        self._images += images
+        self._bytes += num_bytes
+        self._metrics.in_flight.set(self._images)
+        self._metrics.in_flight_bytes.set(self._bytes)
+
+    def _decayed(self) -> float:
+        return float(self._answered * 0.5 ** ((self._clock() - self._answered_at) / RATE_HALF_LIFE_S))

@@ -1,0 +1,175 @@
+"""One batcher per stage: images that are sure leave, the survivors of stage k join the queue of stage k + 1."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from app.errors import InferenceFailed
+from app.exits import ExitPolicy
+from app.log import get_logger
+from app.metrics import Metrics
+from app.scheduling.batcher import DynamicBatcher
+from app.scheduling.work import WorkItem
+from app.types import Array, ExitInfo, FloatArray, PipelineResult, StageExecutor, StageOutput, StageRun
+
+log = get_logger(__name__)
+
+
+class StagedPipeline:
+    """The stages of one loaded model.
+
+    Args:
+        executor: runs the stages.
+        policy: decides who leaves after which stage.
+        input_name: the input of stage 0.
+        model: the metrics' label.
+    """
+
+    def __init__(
+        self,
+        executor: StageExecutor,
+        policy: ExitPolicy,
+        *,
+        input_name: str,
+        model: str,
+        metrics: Metrics,
+        max_batch_size: int,
+        max_queue_delay_s: float,
+    ) -> None:
+        self._input_name = input_name
+        self._model = model
+        self._stages = [
+            _Stage(index, policy, model=model, metrics=metrics, forward=self._forward) for index in range(policy.num_stages)
+        ]
+        self._batchers = [
+            DynamicBatcher(
+                executor,
+                stage.execute,
+                max_batch_size=max_batch_size,
+                max_queue_delay_s=max_queue_delay_s,
+                queue_size=metrics.queue_size.labels(model, str(stage.index)),
+                skipped=metrics.skipped.labels(model, str(stage.index)),
+            )
+            for stage in self._stages
+        ]
+        self._loops_per_stage = executor.num_instances  # so that every instance can work on any stage
+        self._loops: list[asyncio.Task[None]] = []
+        self._pending: set[WorkItem] = set()
+        self._closing = False
+        self.failed = False  # a batch loop died: nothing can be computed any more
+
+    def start(self) -> None:
+        """Start the batch loops on the running event loop."""
+        for index, batcher in enumerate(self._batchers):
+            for _ in range(self._loops_per_stage):
+                loop = asyncio.create_task(batcher.run(), name=f"{self._model} stage {index}")
+                loop.add_done_callback(self._on_loop_end)
+                self._loops.append(loop)
+
+    async def submit(self, pixels: Array) -> PipelineResult:
+        """Take one image through the stages it needs; cancelling the wait abandons it.
+
+        Args:
+            pixels: what stage 0 takes, without the batch axis.
+
+        Raises:
+            InferenceFailed: the run of its batch failed, or the pipeline cannot run any more.
+        """
+        if self.failed or self._closing:
+            raise InferenceFailed("the model does not run any more")
+        future = asyncio.get_running_loop().create_future()
+        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter())
+        self._pending.add(item)
+        self._batchers[0].put(item)
+        try:
+            return await item.future
+        finally:
+            self._pending.discard(item)
+
+    async def close(self) -> None:
+        """Let work in flight finish, then end the loops."""
+        self._closing = True
+        if self._pending:
+            await asyncio.wait([item.future for item in self._pending])
+        for loop in self._loops:
+            loop.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+
+    def _forward(self, item: WorkItem, stage: int) -> None:
+        item.queued_at = time.perf_counter()
+        self._batchers[stage].put(item)
+
+    def _on_loop_end(self, loop: asyncio.Task[None]) -> None:
+        if loop.cancelled() and self._closing:
+            return
+        error = None if loop.cancelled() else loop.exception()
+        log.error("a batch loop ended; the model cannot serve any more", loop=loop.get_name(), exc_info=error)
+        self.failed = True
+        for item in self._pending:
+            item.fail(InferenceFailed("the model stopped running"))
+
+
+class _Stage:
+    """What to do with one batch at one stage."""
+
+    def __init__(
+        self, index: int, policy: ExitPolicy, *, model: str, metrics: Metrics, forward: Callable[[WorkItem, int], None]
+    ) -> None:
+        self.index = index
+        self._policy = policy
+        self._forward = forward
+        self._batch_size = metrics.batch_size.labels(model, str(index))
+        self._duration = metrics.stage_duration.labels(model, str(index))
+        self._failures = metrics.stage_failures.labels(model, str(index))
+        self._exits = metrics.exits.labels(model, str(index))
+
+    async def execute(self, run_stage: StageRun, batch: list[WorkItem]) -> None:
+        """Run a batch; every item of it leaves, goes on or fails (docs/adr/0007: no second try)."""
+        started = time.perf_counter()
+        try:
+            output = await run_stage(self.index, _stack(batch))
+            self._batch_size.observe(len(batch))
+            seconds = time.perf_counter() - started
+            self._duration.observe(seconds)
+            for item in batch:
+                item.queue_s.append(started - item.queued_at)
+                item.compute_s.append(seconds)
+            self._route(batch, output)
+        except Exception as error:
+            self._failures.inc()
+            log.exception("stage run failed", stage=self.index, batch=len(batch))
+            for item in batch:
+                failure = InferenceFailed(f"the model failed at stage {self.index}; the image may be sent again")
+                failure.__cause__ = error
+                item.fail(failure)
+
+    def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> None:
+        if len(output.logits) != len(batch):
+            raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
+        leave, confidence = self._policy.decide(self.index, output.logits)
+        probabilities = self._policy.probabilities(self.index, output.logits)
+        finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
+        for row, item in enumerate(batch):
+            if item.abandoned:
+                continue
+            if not finite[row]:
+                self._failures.inc()
+                item.fail(InferenceFailed(f"the model gave no finite answer at stage {self.index}"))
+            elif leave[row]:
+                self._exits.inc()
+                item.future.set_result(self._result(item, probabilities[row], float(confidence[row])))
+            else:
+                item.inputs = {name: value[row] for name, value in output.state.items()}
+                self._forward(item, self.index + 1)
+
+    def _result(self, item: WorkItem, probabilities: FloatArray, confidence: float) -> PipelineResult:
+        exit_ = ExitInfo(stage=self.index, num_stages=self._policy.num_stages, confidence=confidence)
+        return PipelineResult(probabilities, exit_, tuple(item.queue_s), tuple(item.compute_s))
+
+
+def _stack(batch: Sequence[WorkItem]) -> dict[str, Array]:
+    return {name: np.stack([item.inputs[name] for item in batch]) for name in batch[0].inputs}

@@ -1,0 +1,96 @@
+"""What the environment may change. Prefix `FOVEA_`, nesting `__`: `FOVEA_HTTP__PORT=9000`.
+
+Built once, in the command line or by `create_app`, and passed on; nothing imports a global.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.manifest import HardwareTarget
+
+EMBEDDED_REPOSITORY = Path(__file__).resolve().parent.parent / "models" / "artifacts"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HttpSettings(_Section):
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    max_upload_bytes: PositiveInt = Field(20 * 2**20, description="Largest request body accepted, in bytes.")
+    max_images_per_request: PositiveInt = Field(64, description="Most images in one multipart or JSON request.")
+    request_timeout_s: PositiveFloat = Field(30.0, description="Time budget of a request, upload included, in seconds.")
+    drain_delay_s: NonNegativeFloat = Field(
+        1.0, description="After SIGTERM: how long to go on serving, not ready and closing connections, in seconds."
+    )
+    shutdown_timeout_s: PositiveInt = Field(30, description="After the drain: longest wait for requests in flight, in seconds.")
+
+
+class LimitSettings(_Section):
+    max_in_flight: PositiveInt = Field(256, description="Images admitted at once; one more is refused with 503.")
+    max_in_flight_bytes: PositiveInt = Field(256 * 2**20, description="Request bytes held at once; more is refused with 503.")
+    max_pixels: PositiveInt = Field(50_000_000, description="Largest image, width times height, told from the header.")
+    decode_threads: int = Field(0, ge=0, description="Threads that decode images; 0: one per CPU of the quota.")
+
+
+class BatchingSettings(_Section):
+    max_batch_size: PositiveInt = Field(8, description="Most images in one run of a stage.")
+    max_queue_delay_s: NonNegativeFloat = Field(
+        0.0, description="Longest wait for a fuller batch while an instance is free, in seconds (docs/adr/0001)."
+    )
+
+
+class RuntimeSettings(_Section):
+    target: Literal["auto"] | HardwareTarget = Field("auto", description="Hardware target; auto detects it.")
+    variant: str = Field("auto", description="Variant to serve; auto times those the target allows and takes the fastest.")
+    instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
+    intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")
+
+
+class RepositorySettings(_Section):
+    root: Path = Field(EMBEDDED_REPOSITORY, description="Directory with <model>/<version>/manifest.json.")
+    models: tuple[str, ...] = Field((), description='Models to load, as JSON: ["a", "b"]; empty: all there are.')
+    default_model: str | None = Field(None, description="Model of a request that names none; unset: the only one there is.")
+
+
+class LogSettings(_Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
+    format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON lines.")
+    access: bool = Field(False, description="Write a line for every request, not only for failed ones.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="FOVEA_", env_nested_delimiter="__", frozen=True, extra="forbid")
+
+    http: HttpSettings = HttpSettings()
+    limits: LimitSettings = LimitSettings()
+    batching: BatchingSettings = BatchingSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+    repository: RepositorySettings = RepositorySettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _can_fill_its_batches(self) -> Self:
+        wanted = self.batching.max_batch_size * max(1, self.runtime.instances)
+        if self.limits.max_in_flight < wanted:
+            raise ValueError(
+                f"limits.max_in_flight ({self.limits.max_in_flight}) is below batching.max_batch_size x runtime.instances "
+                f"({wanted}), so batches could never be full: raise the one or lower the other"
+            )
+        if self.limits.max_in_flight < self.http.max_images_per_request:
+            raise ValueError(
+                f"limits.max_in_flight ({self.limits.max_in_flight}) is below http.max_images_per_request "
+                f"({self.http.max_images_per_request}), so the largest request could never be admitted"
+            )
+        if self.limits.max_in_flight_bytes < self.http.max_upload_bytes:
+            raise ValueError(
+                f"limits.max_in_flight_bytes ({self.limits.max_in_flight_bytes}) is below http.max_upload_bytes "
+                f"({self.http.max_upload_bytes}), so the largest body could never be admitted"
+            )
+        return self

@@ -1,0 +1,41 @@
+"""What an export can be told, as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationConfig:
+    """Images for the ranges of INT8 activations."""
+
+    num_images: int = 1024
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ExitConfig:
+    """How exits are fitted."""
+
+    score: str = "max_softmax"
+    max_accuracy_drop: float = 0.005  # allowed on the fitting images, against taking every image to the last exit
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """One export: what, from which weights, with which images, to where."""
+
+    model: str  # a name of the zoo
+    weights: Path  # .safetensors, or a training checkpoint
+    calibration_images: Path  # folder or zip of <class>/<file>; never part of the training images
+    test_images: Path  # the same form; only ever measured on
+    repository: Path
+    version: int
+    int8: bool = True
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    exits: ExitConfig = field(default_factory=ExitConfig)
+    licence: str = "Apache-2.0"
+    data: str = ""  # one sentence on the training data, for the model card
+    training: str = ""  # one sentence on the training, for the model card
+    command: str = ""  # that made it

@@ -1,0 +1,69 @@
+"""Labelled images of a folder or a zip archive, read by the very code that serves."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from app.errors import RequestError
+from app.imaging.preprocess import load_pixels
+from app.types import Array
+from models.manifest import PreprocessSpec
+
+MAX_PIXELS = 200_000_000  # of one image; the files are the user's own
+
+
+class ImageSetError(ValueError):
+    """The images cannot be used: none there, an unknown class, or a broken file."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """What stage 0 takes, (N, ...), labels, int64 (N,), and the sha256 over all files in their order."""
+
+    pixels: Array
+    labels: Array
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def read_images(path: Path, labels: Sequence[str], spec: PreprocessSpec) -> ImageSet:
+    """Read `<class>/<file>` from a folder or a zip archive, in the order of names.
+
+    Raises:
+        ImageSetError: when there are none, a class is unknown, or a file is not an image.
+    """
+    index = {label: number for number, label in enumerate(labels)}
+    pixels, targets, digest = [], [], hashlib.sha256()
+    for name, data in _files(path):
+        label = name.split("/")[-2] if "/" in name else ""
+        if label not in index:
+            raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
+        try:
+            pixels.append(load_pixels(data, spec, max_pixels=MAX_PIXELS))
+        except RequestError as error:
+            raise ImageSetError(f"{name}: {error}") from error
+        targets.append(index[label])
+        digest.update(data)
+    if not pixels:
+        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>")
+    return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.is_dir():
+        for file in sorted(entry for entry in path.glob("*/*") if entry.is_file() and not entry.name.startswith(".")):
+            yield f"{file.parent.name}/{file.name}", file.read_bytes()
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(entry for entry in archive.namelist() if not entry.endswith("/")):
+                yield name, archive.read(name)
+    else:
+        raise ImageSetError(f"{path} is neither a folder nor a zip archive")

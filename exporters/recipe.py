@@ -1,0 +1,265 @@
+"""The steps of an export in their order, from weights to a published version."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from app.runtime.cpu import has_exact_int8
+from app.runtime.golden import golden_key
+from app.runtime.ort_backend import OrtBackend
+from app.runtime.targets import TargetProfile, resolve_profile
+from app.types import Array, FloatArray
+from exporters.calibration import collect_ranges
+from exporters.config import ExportConfig
+from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.exit_fitting import fit_exits
+from exporters.images import ImageSet, read_images
+from exporters.model_card import model_card
+from exporters.publishing import build_directory, checksums, publish
+from exporters.staging import stage_specs
+from exporters.validation import validate
+from exporters.vit_graph import ActivationRange, stage_graph
+from models.manifest import LOGITS, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
+from models.multi_exit import MultiExitViT, Stage
+from models.weights import load_weights
+from models.zoo import ZOO, create_model
+
+FP32, INT8 = "fp32", "int8"
+LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
+GOLDEN_IMAGES = 4
+# Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
+# between two steps may fall to the other side; an instruction that saturates goes far beyond.
+GOLDEN_ATOL = {FP32: 1e-3, INT8: 0.25}
+EVERYWHERE = tuple(HardwareTarget)
+# u8 x s8 saturates on x86 without VNNI, and MatMulIntegerToFloat is a CPU operator (docs/adr/0005).
+TARGETS = {FP32: EVERYWHERE, INT8: (HardwareTarget.CPU_VNNI,)}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """One variant after fitting."""
+
+    backend: OrtBackend
+    exits: tuple[ExitSpec, ...]
+    test_logits: list[FloatArray]
+
+
+def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
+    """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
+
+    Raises:
+        AlreadyPublished, ImageSetError, WeightsError, ValidationError: nothing is published then.
+    """
+    entry = ZOO[config.model]
+    with build_directory(config.repository, config.model, config.version) as build:
+        progress("loading weights")
+        model = create_model(config.model)
+        weights_sha256 = load_weights(model, config.weights)
+        model.eval()
+        progress("reading images")
+        fitting = read_images(config.calibration_images, entry.labels, entry.preprocess)
+        test = read_images(config.test_images, entry.labels, entry.preprocess)
+        variants = [FP32, INT8] if config.int8 and has_exact_int8() else [FP32]
+
+        progress("writing fp32 stages")
+        write_stages(build / FP32, _graphs(model, entry.preprocess))
+        if INT8 in variants:
+            progress("calibrating and writing int8 stages")
+            exposed = _graphs(model, entry.preprocess, expose=True)
+            ranges = collect_ranges(exposed, fitting.pixels, config.calibration)
+            write_stages(build / INT8, _graphs(model, entry.preprocess, ranges=ranges))
+
+        (build / LABELS_FILE).write_text("\n".join(entry.labels) + "\n")
+        (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
+        draft = _manifest(config, model, entry.preprocess, build, {name: _no_exits(model) for name in variants}, {})
+        profile = _one_thread()
+        backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
+        progress("validating against PyTorch")
+        golden = golden_images(entry.preprocess)
+        difference = validate(backends[FP32], draft.stages, model, entry.preprocess, golden)
+        write_golden(build / GOLDEN_FILE, golden, backends, draft)
+
+        progress("fitting exits and evaluating")
+        costs = [stage.gmacs for stage in draft.stages]
+        fitted = {
+            name: _Fitted(
+                backend,
+                fit_exits(logits_per_exit(backend, len(costs), fitting.pixels), fitting.labels, costs, config.exits),
+                logits_per_exit(backend, len(costs), test.pixels),
+            )
+            for name, backend in backends.items()
+        }
+        report = _report(fitted, draft, fitting, test, difference)
+        provenance = _provenance(config, weights_sha256, fitting, test)
+        (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (build / "MODEL_CARD.md").write_text(model_card(config, draft, report, provenance))
+        exits = {name: variant.exits for name, variant in fitted.items()}
+        progress("publishing")
+        return publish(build, _manifest(config, model, entry.preprocess, build, exits, provenance), config.repository)
+
+
+def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
+    """One file per stage."""
+    directory.mkdir()
+    for index, stage in enumerate(stages):
+        onnx.save(stage, directory / f"stage_{index}.onnx")
+
+
+def golden_images(preprocess: PreprocessSpec) -> Array:
+    """Seeded smooth noise of full contrast: nobody's photographs, yet it drives the whole range of the network."""
+    generator = np.random.default_rng(0)
+    height, width = preprocess.crop
+    coarse = generator.integers(0, 256, (GOLDEN_IMAGES, -(-height // 8), -(-width // 8), 3))
+    smooth = np.kron(coarse, np.ones((1, 8, 8, 1)))[:, :height, :width]
+    pixels = np.clip(smooth + generator.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    if preprocess.layout == "uint8_nhwc":
+        return pixels
+    scaled = (pixels * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
+    chw: Array = scaled.transpose(0, 3, 1, 2).astype(np.float32)
+    return chw
+
+
+def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], manifest: ModelManifest) -> None:
+    """The pixels, and every stage's outputs of every variant."""
+    arrays: dict[str, Array] = {PIXELS: pixels}
+    for name, backend in backends.items():
+        inputs: dict[str, Array] = {PIXELS: pixels}
+        for index in range(len(manifest.stages)):
+            output = backend.run(index, inputs)
+            inputs = dict(output.state)
+            for key, value in {LOGITS: output.logits, **inputs}.items():
+                arrays[golden_key(name, index, key)] = value
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # its stub takes no mapping of arrays
+
+
+def _graphs(
+    model: MultiExitViT,
+    preprocess: PreprocessSpec,
+    *,
+    ranges: list[dict[str, ActivationRange]] | None = None,
+    expose: bool = False,
+) -> list[onnx.ModelProto]:
+    graphs = []
+    for index, stage in enumerate(model.stages):
+        if not isinstance(stage, Stage):
+            raise TypeError(f"stage {index} is a {type(stage).__name__}")
+        graphs.append(
+            stage_graph(
+                stage,
+                index,
+                model.config,
+                preprocess,
+                last=index == len(model.stages) - 1,
+                ranges=ranges[index] if ranges else None,
+                expose=expose,
+            )
+        )
+    return graphs
+
+
+def _manifest(
+    config: ExportConfig,
+    model: MultiExitViT,
+    preprocess: PreprocessSpec,
+    build: Path,
+    exits: Mapping[str, tuple[ExitSpec, ...]],
+    provenance: Mapping[str, str],
+) -> ModelManifest:
+    variants = tuple(
+        VariantSpec(
+            name=name,
+            targets=TARGETS[name],
+            files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(model.stages))),
+            exits=variant_exits,
+            golden_atol=GOLDEN_ATOL[name],
+        )
+        for name, variant_exits in exits.items()
+    )
+    return ModelManifest(
+        name=config.model,
+        version=config.version,
+        labels_file=LABELS_FILE,
+        golden_file=GOLDEN_FILE,
+        preprocess=preprocess,
+        stages=stage_specs(model, preprocess),
+        variants=variants,
+        files=checksums(build),
+        provenance=dict(provenance),
+    )
+
+
+def _no_exits(model: MultiExitViT) -> tuple[ExitSpec, ...]:
+    last = len(model.stages) - 1
+    return tuple(
+        ExitSpec(score="max_softmax", temperature=1.0, threshold=None if index == last else 1.01) for index in range(last + 1)
+    )
+
+
+def _one_thread() -> TargetProfile:
+    profile = resolve_profile("cpu", instances=1, intra_op_threads=1)
+    # Exporting runs every variant on this CPU, whatever the service would choose.
+    return TargetProfile(profile.target, profile.providers, 1, 1)
+
+
+def _report(
+    fitted: Mapping[str, _Fitted], manifest: ModelManifest, fitting: ImageSet, test: ImageSet, difference: float
+) -> dict[str, object]:
+    reference = fitted[FP32].test_logits[-1]
+    backends = {name: variant.backend for name, variant in fitted.items()}
+    return {
+        "machine": f"{platform.machine()}, {platform.system()}, one thread",
+        "fitted_on": {"images": len(fitting), "sha256": fitting.sha256},
+        "tested_on": {"images": len(test), "sha256": test.sha256},
+        "largest_logit_difference_to_pytorch": float(f"{difference:.2e}"),
+        "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
+        "ms_per_image_without_exits": milliseconds_per_image(backends, len(manifest.stages), test.pixels),
+        "variants": {
+            name: evaluate(variant.test_logits, test.labels, variant.exits, manifest.stages, reference)
+            for name, variant in fitted.items()
+        },
+    }
+
+
+def _provenance(config: ExportConfig, weights_sha256: str, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
+    packages = ("torch", "onnx", "onnxruntime", "numpy", "pillow")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "weights_sha256": weights_sha256,
+        "fitting_images_sha256": fitting.sha256,
+        "test_images_sha256": test.sha256,
+        "licence": config.licence,
+        "data": config.data,
+        "training": config.training,
+        "command": config.command,
+        "commit": _commit(),
+        "packages": ", ".join(f"{name} {package_version(name)}" for name in packages),
+        "python": platform.python_version(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the source tree, or a word when it is not a git checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607 - git as the user has it
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return result.stdout.strip()

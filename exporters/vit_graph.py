@@ -1,0 +1,261 @@
+"""A stage of the Vision Transformer written directly as an ONNX graph.
+
+As fast as torch's own export in fp32 and faster in INT8 (docs/adr/0005): linear layers become `QuantizeLinear` and
+`MatMulIntegerToFloat` with per-channel weights instead of QDQ pairs that ONNX Runtime has to recognise. Add,
+LayerNormalization, Softmax and Gelu stay plain: their fused forms are slower on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from app.types import Array
+from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
+from models.multi_exit import Stage
+from models.vit import LAYER_NORM_EPS, Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+
+OPSET = 20  # the first with Gelu
+MICROSOFT_OPSET = 1
+IR_VERSION = 9  # of opset 20
+INT8_MAX = 127  # symmetric weights: -127 .. 127
+UINT8_MAX = 255
+
+Shape = tuple[int | str, ...]
+
+
+def tokens_name(stage: int) -> str:
+    """The tokens that a stage gives to the next."""
+    return f"tokens_{stage}"
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationRange:
+    """Smallest and largest value that the input of a linear layer took during calibration."""
+
+    low: float
+    high: float
+
+    def scale_and_zero_point(self) -> tuple[np.float32, np.uint8]:
+        """Affine u8 quantization in which 0 is exact, as padding and ReLU want it (Jacob et al., CVPR 2018)."""
+        low, high = min(self.low, 0.0), max(self.high, 0.0)
+        scale = (high - low) / UINT8_MAX or 1.0
+        return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, UINT8_MAX))
+
+
+def stage_graph(
+    stage: Stage,
+    index: int,
+    config: ViTConfig,
+    preprocess: PreprocessSpec,
+    *,
+    last: bool,
+    ranges: Mapping[str, ActivationRange] | None = None,
+    expose: bool = False,
+) -> onnx.ModelProto:
+    """The ONNX model of one stage.
+
+    Args:
+        stage: in evaluation mode.
+        index: of the stage; it gives `tokens_<index>` and takes `tokens_<index - 1>`.
+        config: of the whole network.
+        preprocess: its layout decides the input of the first stage.
+        last: the last stage gives logits only; the others the tokens too.
+        ranges: of each linear layer's input, by layer name; those named become INT8. None: all stay fp32.
+        expose: give the input of each linear layer as an output called by the layer's name, for calibration.
+    """
+    graph = _Graph(ranges or {}, expose=expose)
+    source: tuple[str, int, Shape]
+    if stage.embedding is not None:
+        x = graph.embed(stage.embedding, config, preprocess)
+        source = (PIXELS, TensorProto.UINT8, preprocess.pixels().shape)
+    else:
+        x = tokens_name(index - 1)
+        source = (x, TensorProto.FLOAT, (BATCH, config.num_tokens, config.width))
+    for number, block in enumerate(stage.blocks):
+        if not isinstance(block, Block):
+            raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
+        x = graph.block(block, f"blocks.{number}", x, config)
+    graph.node("Identity", graph.head(stage.head, x), output=LOGITS)
+    outputs: list[tuple[str, Shape]] = [(LOGITS, (BATCH, config.num_classes))]
+    if not last:
+        graph.node("Identity", x, output=tokens_name(index))
+        outputs.append((tokens_name(index), (BATCH, config.num_tokens, config.width)))
+    return graph.model(source, outputs)
+
+
+class _Graph:
+    """Collects nodes and weights; a method per part of the network, each taking and giving tensor names."""
+
+    def __init__(self, ranges: Mapping[str, ActivationRange], *, expose: bool) -> None:
+        self._ranges = ranges
+        self._expose = expose
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: dict[str, Array] = {}
+        self._exposed: list[tuple[str, Shape]] = []
+
+    def node(self, kind: str, *inputs: str, output: str = "", domain: str = "", **attributes: Any) -> str:
+        output = output or f"{kind.lower()}_{len(self._nodes)}"
+        self._nodes.append(helper.make_node(kind, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+    def weight(self, name: str, value: Array | Tensor) -> str:
+        array = value.detach().numpy() if isinstance(value, Tensor) else value
+        self._weights[name] = np.ascontiguousarray(array)
+        return name
+
+    def constant(self, name: str, values: Sequence[int]) -> str:
+        return self.weight(name, np.array(values, dtype=np.int64))
+
+    def linear(self, name: str, x: str, weight: Array, bias: Array) -> str:
+        """x @ weight + bias; weight float32 (in, out), bias float32 (out,)."""
+        if self._expose:
+            self._exposed.append((self.node("Identity", x, output=name), (BATCH, "N", len(weight))))
+        if name not in self._ranges:
+            product = self.node("MatMul", x, self.weight(f"{name}.weight", weight))
+            return self.node("Add", product, self.weight(f"{name}.bias", bias))
+        scale, zero_point = self._ranges[name].scale_and_zero_point()
+        weight_scale = (np.abs(weight).max(axis=0) / INT8_MAX).clip(min=np.finfo(np.float32).tiny).astype(np.float32)
+        quantized = np.clip(np.rint(weight / weight_scale), -INT8_MAX, INT8_MAX).astype(np.int8)
+        a_scale = self.weight(f"{name}.input_scale", np.array(scale))
+        a_zero = self.weight(f"{name}.input_zero_point", np.array(zero_point))
+        return self.node(
+            "MatMulIntegerToFloat",
+            self.node("QuantizeLinear", x, a_scale, a_zero),
+            self.weight(f"{name}.weight", quantized),
+            a_scale,
+            self.weight(f"{name}.weight_scale", weight_scale),
+            a_zero,
+            "",  # weights are symmetric
+            self.weight(f"{name}.bias", bias),
+            domain="com.microsoft",
+        )
+
+    def norm(self, name: str, module: nn.LayerNorm, x: str) -> str:
+        scale, bias = self.weight(f"{name}.weight", module.weight), self.weight(f"{name}.bias", module.bias)
+        return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=LAYER_NORM_EPS)
+
+    def embed(self, module: Embedding, config: ViTConfig, preprocess: PreprocessSpec) -> str:
+        """Pixels -> tokens (B, N, D) with positions; normalises where the preprocessing leaves it to the graph."""
+        x = PIXELS
+        if preprocess.layout == "uint8_nhwc":
+            x = self.node("Cast", x, to=TensorProto.FLOAT)
+            x = self.node("Transpose", x, perm=[0, 3, 1, 2])  # (B, 3, H, W)
+            mean, std = (np.array(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+            x = self.node("Mul", x, self.weight("pixels.scale", np.float32(preprocess.scale) / std))
+            x = self.node("Sub", x, self.weight("pixels.offset", mean / std))
+        x = self.stem(module.patch_embed, x)  # (B, D, h, w)
+        x = self.node("Reshape", x, self.constant("patches.shape", [0, config.width, -1]))
+        x = self.node("Transpose", x, perm=[0, 2, 1])  # (B, N, D)
+        positions = module.pos_embed.detach().numpy().copy()
+        if module.cls_token is not None:
+            # A row of zeros in front, and the class token inside the positions: no node asks for the batch size.
+            x = self.node("Pad", x, self.constant("cls.pads", [0, 1, 0, 0, 0, 0]))
+            positions[:, :1] += module.cls_token.detach().numpy()
+        return self.node("Add", x, self.weight("positions", positions))
+
+    def stem(self, module: nn.Module, x: str) -> str:
+        if isinstance(module, PatchEmbed):
+            side = module.proj.kernel_size[0]
+            names = self.weight("patch.weight", module.proj.weight), self.weight("patch.bias", _vector(module.proj.bias))
+            return self.node("Conv", x, *names, kernel_shape=[side, side], strides=[side, side])
+        if not isinstance(module, ConvStem):
+            raise TypeError(f"no graph is known for a stem of the kind {type(module).__name__}")
+        for index in range(0, len(module.layers), 3):
+            conv, norm = module.layers[index], module.layers[index + 1]
+            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+                raise TypeError("the conv stem must be convolution, batch norm, ReLU in turn")
+            weight, bias = _fold_batch_norm(conv, norm)
+            stride = conv.stride[0]
+            x = self.node(
+                "Conv",
+                x,
+                self.weight(f"stem.{index}.weight", weight),
+                self.weight(f"stem.{index}.bias", bias),
+                kernel_shape=list(conv.kernel_size),
+                strides=[stride, stride],
+                pads=[1, 1, 1, 1],
+            )
+            x = self.node("Relu", x)
+        return x
+
+    def block(self, module: Block, name: str, x: str, config: ViTConfig) -> str:
+        attended = self.attention(module, f"{name}.attn", self.norm(f"{name}.norm1", module.norm1, x), config)
+        x = self.node("Add", x, attended)
+        hidden = self.norm(f"{name}.norm2", module.norm2, x)
+        hidden = self.linear(f"{name}.mlp.fc1", hidden, *_matrix(module.mlp.fc1))
+        hidden = self.node("Gelu", hidden, approximate="none")
+        return self.node("Add", x, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2)))
+
+    def attention(self, module: Block, name: str, x: str, config: ViTConfig) -> str:
+        heads, width = config.num_heads, config.width
+        head_width = width // heads
+        weight, bias = _matrix(module.attn.qkv)
+        # softmax(q k / sqrt(d)) = softmax((q / sqrt(d)) k): the scale goes into the query's weights.
+        weight, bias = weight.copy(), bias.copy()
+        weight[:, :width] /= np.sqrt(head_width)
+        bias[:width] /= np.sqrt(head_width)
+        qkv = self.linear(f"{name}.qkv", x, weight, bias)
+        split = [f"{name}.{part}" for part in "qkv"]
+        sizes = self.constant(f"{name}.split", [width] * 3)
+        self._nodes.append(helper.make_node("Split", [qkv, sizes], split, name=f"{name}.split", axis=-1))
+        shape = self.constant(f"{name}.heads", [0, 0, heads, head_width])
+        q, k, v = (
+            self.node("Transpose", self.node("Reshape", part, shape), perm=perm)
+            for part, perm in zip(split, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+        )
+        weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)  # (B, heads, N, N)
+        mixed = self.node("Transpose", self.node("MatMul", weights, v), perm=[0, 2, 1, 3])
+        mixed = self.node("Reshape", mixed, self.constant(f"{name}.merge", [0, 0, width]))
+        return self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
+
+    def head(self, module: Head, x: str) -> str:
+        """Tokens -> logits, always fp32: it is tiny, and confidences come from it."""
+        if module.pooling == "cls":  # the norm is per token, so the others need none
+            x = self.norm("head.norm", module.norm, self.node("Gather", x, self.weight("head.cls", np.array(0)), axis=1))
+        else:
+            x = self.norm("head.norm", module.norm, x)
+            x = self.node("ReduceMean", x, self.constant("head.axes", [1]), keepdims=0)
+        weight, bias = _matrix(module.fc)
+        return self.node("Gemm", x, self.weight("head.weight", weight), self.weight("head.bias", bias))
+
+    def model(self, source: tuple[str, int, Shape], outputs: Sequence[tuple[str, Shape]]) -> onnx.ModelProto:
+        """The checked model."""
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (*outputs, *self._exposed)]
+        graph = helper.make_graph(
+            self._nodes,
+            "stage",
+            [helper.make_tensor_value_info(*source)],
+            values,
+            [numpy_helper.from_array(np.asarray(value), name) for name, value in self._weights.items()],
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", MICROSOFT_OPSET)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fovea")
+        onnx.checker.check_model(model)
+        return model
+
+
+def _matrix(module: nn.Linear) -> tuple[Array, Array]:
+    """Weight as (in, out) and bias of a linear layer."""
+    return module.weight.detach().numpy().T, module.bias.detach().numpy()
+
+
+def _vector(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise TypeError("the patch projection has no bias")
+    return value
+
+
+def _fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Array, Array]:
+    """One convolution that does what convolution and batch norm do in evaluation mode."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise TypeError("the batch norm has no running statistics")
+    gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
+    bias = norm.bias.detach().numpy() - norm.running_mean.numpy() * gain
+    return conv.weight.detach().numpy() * gain.reshape(-1, 1, 1, 1), bias

@@ -1,0 +1,1 @@
+"""The recipe that made the embedded default model; `python -m models.training --help`."""

@@ -1,0 +1,173 @@
+"""The Vision Transformer, readable from top to bottom.
+
+Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021; pre-norm blocks, learned position embedding.
+Two departures, chosen by the configuration:
+
+- `stem="conv"`: a few 3 x 3 convolutions instead of one large patch projection (Xiao et al., Early Convolutions Help
+  Transformers See Better, NeurIPS 2021). It learns faster from small images.
+- `pooling="mean"`: the heads see the mean of the patch tokens and there is no class token (as in section D.3 of the paper).
+
+Parameter names follow timm where both have the part, so that its checkpoints can be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's own name for it
+
+LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class ViTConfig:
+    """Sizes of a Vision Transformer."""
+
+    image_size: int  # pixels, square
+    patch_size: int  # pixels per token side; a power of two with the conv stem
+    width: int  # D
+    depth: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    stem: Literal["patch", "conv"] = "patch"
+    pooling: Literal["cls", "mean"] = "cls"
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches, and the class token where there is one."""
+        return self.num_patches + (self.pooling == "cls")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return int(self.width * self.mlp_ratio)
+
+    def stem_channels(self) -> tuple[int, ...]:
+        """Output channels of each convolution of the conv stem: one at full resolution, then one per halving."""
+        halvings = self.patch_size.bit_length() - 1
+        if 2**halvings != self.patch_size:
+            raise ValueError(f"the conv stem halves the image, so patch_size must be a power of two, not {self.patch_size}")
+        return (*(max(self.width // 2 ** (halvings - step), 16) for step in range(halvings)), self.width)
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, 3, H, W) -> tokens (B, N, D) by one projection per patch."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class ConvStem(nn.Module):
+    """Image (B, 3, H, W) -> tokens (B, N, D) by 3 x 3 convolutions, each with batch norm and ReLU."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        in_channels = 3
+        for index, out_channels in enumerate(config.stem_channels()):
+            stride = 1 if index == 0 else 2
+            layers.append(nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(out_channels))
+            layers.append(nn.ReLU())
+            in_channels = out_channels
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} cannot be split into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config.width, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(config.width, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class Embedding(nn.Module):
+    """Image (B, 3, H, W), normalised -> tokens (B, N, D) with class token and positions."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.patch_embed = ConvStem(config) if config.stem == "conv" else PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.pooling == "cls" else None
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.width))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        return x + self.pos_embed
+
+
+class Head(nn.Module):
+    """Tokens (B, N, D) -> logits (B, C): norm, pool, linear."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.fc = nn.Linear(config.width, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = x[:, 0] if self.pooling == "cls" else x.mean(dim=1)
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal for linear layers, as the ViT line of papers does; use with `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

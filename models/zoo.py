@@ -1,0 +1,74 @@
+"""Named configurations, each with the preprocessing its images need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from models.manifest import PreprocessSpec
+from models.multi_exit import MultiExitViT
+from models.vit import ViTConfig
+
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # per channel, RGB in [0, 1], over the 50,000 training images
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True, slots=True)
+class ZooEntry:
+    """What `create_model` needs, and what the exporter writes into the manifest."""
+
+    config: ViTConfig
+    boundaries: tuple[int, ...]
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...]
+
+
+def _cifar10_preprocess(size: int) -> PreprocessSpec:
+    return PreprocessSpec(
+        resize=size,
+        crop=(size, size),
+        interpolation="bicubic",
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        layout="uint8_nhwc",
+    )
+
+
+ZOO: dict[str, ZooEntry] = {
+    # The embedded default model: convolutional stem, 64 tokens, an exit after every second block.
+    "vit_cifar10": ZooEntry(
+        config=ViTConfig(
+            image_size=32,
+            patch_size=4,
+            width=128,
+            depth=6,
+            num_heads=4,
+            num_classes=10,
+            mlp_ratio=2.0,
+            stem="conv",
+            pooling="mean",
+        ),
+        boundaries=(2, 4, 6),
+        preprocess=_cifar10_preprocess(32),
+        labels=CIFAR10_LABELS,
+    ),
+    # For tests: plain patches and a class token, so that both forms of the network are exercised.
+    "test_vit": ZooEntry(
+        config=ViTConfig(image_size=32, patch_size=8, width=64, depth=6, num_heads=4, num_classes=10),
+        boundaries=(2, 4, 6),
+        preprocess=_cifar10_preprocess(32),
+        labels=CIFAR10_LABELS,
+    ),
+}
+
+
+def create_model(name: str, *, seed: int = 0) -> MultiExitViT:
+    """A network of that name with freshly drawn weights, the same for the same seed; ValueError for an unknown name."""
+    if name not in ZOO:
+        raise ValueError(f"no model called {name!r} in the zoo; there are {', '.join(sorted(ZOO))}")
+    entry = ZOO[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MultiExitViT(entry.config, entry.boundaries)
