@@ -1,0 +1,87 @@
+"""RGB uint8 -> what stage 0 takes: resize the shorter side, crop the centre, normalise where the graph does not.
+
+Geometry and rounding are those of torchvision's `Resize` and `CenterCrop`, which timm uses too; both happen in one
+resampling of the cropped part, with Pillow's antialiased filters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.Image import Resampling
+
+from app.imaging.decode import Picture, open_picture
+from models.manifest import PreprocessSpec
+
+_FILTERS = {
+    "nearest": Resampling.NEAREST,
+    "bilinear": Resampling.BILINEAR,
+    "bicubic": Resampling.BICUBIC,
+    "lanczos": Resampling.LANCZOS,
+}
+# From six times the target on, first average whole pixels, down to no less than three times the target (docs/adr/0008).
+REDUCING_GAP = 3.0
+
+Pixels = NDArray[np.uint8] | NDArray[np.float32]
+
+
+def preprocess(image: NDArray[np.uint8], spec: PreprocessSpec) -> Pixels:
+    """What stage 0 takes, without the batch axis; C-contiguous, perhaps read-only.
+
+    Args:
+        image: RGB uint8 (H, W, 3).
+        spec: from the manifest.
+
+    Returns:
+        uint8 (H, W, 3) where the layout is `uint8_nhwc`, float32 (3, H, W), normalised, where it is `float32_nchw`.
+    """
+    picture = Image.fromarray(image)
+    return _normalise(_resize_and_crop(Picture(picture, picture.size), spec), spec)
+
+
+def load_pixels(data: bytes, spec: PreprocessSpec, *, max_pixels: int) -> Pixels:
+    """`preprocess` of `decode_image`, in one hop and with a JPEG decoded no larger than needed (docs/adr/0008).
+
+    Raises:
+        RequestError: as `decode_image`.
+    """
+    # The nearest pixel of a reduced image is an average: it would no longer be the nearest pixel.
+    min_side = None if spec.interpolation == "nearest" else spec.resize
+    picture = open_picture(data, max_pixels=max_pixels, min_side=min_side)
+    return _normalise(_resize_and_crop(picture, spec), spec)
+
+
+def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8]:
+    width, height = picture.size
+    short = min(width, height)
+    # torchvision cuts the longer side to a whole number, and rounds the crop's offset half to even.
+    new_width, new_height = spec.resize * width // short, spec.resize * height // short
+    crop_height, crop_width = spec.crop
+    left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
+    image = picture.image
+    if (new_width, new_height) == image.size:
+        image = image.crop((left, top, left + crop_width, top + crop_height))
+    else:
+        pixel_width, pixel_height = width / new_width / picture.scale, height / new_height / picture.scale
+        x, y = picture.origin[0] + left * pixel_width, picture.origin[1] + top * pixel_height
+        box = (
+            x,
+            y,
+            min(x + crop_width * pixel_width, image.width),  # rounding may lead past the edge, which Pillow refuses
+            min(y + crop_height * pixel_height, image.height),
+        )
+        gap = REDUCING_GAP if picture.scale == 1 else None  # one approximation at a time: the decoder reduced it already
+        image = image.resize((crop_width, crop_height), _FILTERS[spec.interpolation], box, gap)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _normalise(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> Pixels:
+    if spec.layout == "uint8_nhwc":
+        return pixels
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    result = np.empty((3, *pixels.shape[:2]), np.float32)
+    # (value * scale - mean) / std, as one multiplication and one subtraction
+    np.multiply(pixels.transpose(2, 0, 1), (np.float32(spec.scale) / std)[:, None, None], out=result)
+    result -= (mean / std)[:, None, None]
+    return result
