@@ -79,7 +79,6 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
     except BaseException:
         await service.close()
         raise
-    metrics.ready.set(1)
     return service
 
 

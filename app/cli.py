@@ -14,12 +14,13 @@ import typer
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from app import __version__
 from app.assembly import open_service
-from app.errors import ServiceError
+from app.errors import InvalidImage, ServiceError
 from app.http.errors import describe_validation
 from app.http.schemas import answer_body
 from app.log import configure
@@ -42,22 +43,27 @@ def main() -> None:
     try:
         cli(prog_name="fovea")
     except ServiceError as error:
-        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except (ValidationError, SettingsError) as error:
         text = describe_validation(error.errors()) if isinstance(error, ValidationError) else str(error)
-        err.print(f"[red]settings:[/] {text}", soft_wrap=True, highlight=False)
+        err.print(f"[red]settings:[/] {escape(text)}", soft_wrap=True, highlight=False)
         sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{__version__}\n")
+        raise typer.Exit
 
 
 @cli.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Image inference made cheap: early exits, INT8 and dynamic batching behind a REST API."""
-    if version:
-        out.print(__version__)
-        raise typer.Exit
 
 
 @cli.command()
@@ -72,7 +78,7 @@ def serve(
 
     settings = _settings(repository, host=host, port=port)
     configure(settings.log.level, settings.log.format)
-    raise typer.Exit(run_server(create_app(settings), settings, _say_where))
+    run_server(create_app(settings), settings, _say_where)
 
 
 @cli.command()
@@ -127,7 +133,7 @@ def check(repository: Repository = None) -> None:
 
     for model in asyncio.run(load()):
         name = f"{model.manifest.name} version {model.manifest.version}"
-        out.print(f"[green]ok[/] {name} on {model.target}: {model.variant_reason}", soft_wrap=True, highlight=False)
+        out.print(f"[green]ok[/] {name} on {model.target}: {escape(model.variant_reason)}", soft_wrap=True, highlight=False)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -136,7 +142,8 @@ def export(context: typer.Context) -> None:
     try:
         from exporters.cli import app as exporter
     except ModuleNotFoundError as error:
-        err.print(f"[red]exporting needs the package {error.name}:[/] pip install 'fovea[cpu,export]'", highlight=False)
+        command = escape("pip install 'fovea[cpu,export]'")
+        err.print(f"[red]exporting needs the package {error.name}:[/] {command}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
     exporter(["export", *context.args], prog_name="fovea")
 
@@ -170,7 +177,8 @@ async def _predict(settings: Settings, paths: list[Path], model: str | None, top
     service = await open_service(settings, Metrics(create_registry()))
     try:
         loaded = service.registry.get(model)
-        workers = 2 * settings.batching.max_batch_size  # enough to fill batches, few enough to show progress
+        # Enough to fill batches, few enough to show progress and to be admitted.
+        workers = min(2 * settings.batching.max_batch_size, settings.limits.max_in_flight)
         answers: list[Prediction | ServiceError | None] = [None] * len(paths)
         queue = iter(enumerate(paths))
         with Progress(console=err, transient=True, disable=len(paths) < 2) as progress:
@@ -193,7 +201,10 @@ async def _predict(settings: Settings, paths: list[Path], model: str | None, top
 
 
 async def _classify_file(service: InferenceService, model: LoadedModel, path: Path, top_k: int) -> Prediction | ServiceError:
-    data = await asyncio.to_thread(path.read_bytes)
+    try:
+        data = await asyncio.to_thread(path.read_bytes)
+    except OSError as error:
+        return InvalidImage(f"the file cannot be read: {error.strerror}")
     with service.admission.admit() as permit:
         (answer,) = await service.classify([data], permit, model=model, top_k=top_k)
     return answer
@@ -206,14 +217,14 @@ def _print_json(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
 
 
 def _print_table(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
-    table = Table("file", "label", "probability", "exit", "decode ms", "compute ms")
+    table = Table(Column("file", overflow="fold"), "label", "probability", "exit", "decode ms", "compute ms")
     for path, answer in results:
         if isinstance(answer, ServiceError):
-            table.add_row(str(path), f"[red]{answer.code}[/]: {answer}")
+            table.add_row(escape(str(path)), f"[red]{answer.code}[/]: {escape(str(answer))}")
             continue
-        labels = "\n".join(score.label for score in answer.predictions)
+        labels = "\n".join(escape(score.label) for score in answer.predictions)
         probabilities = "\n".join(f"{score.probability:.3f}" for score in answer.predictions)
         exit_ = f"{answer.exit.stage + 1} of {answer.exit.num_stages}"
         decode, compute = 1000 * answer.timings.decode_s, 1000 * sum(answer.timings.compute_s)
-        table.add_row(str(path), labels, probabilities, exit_, f"{decode:.1f}", f"{compute:.1f}")
+        table.add_row(escape(str(path)), labels, probabilities, exit_, f"{decode:.1f}", f"{compute:.1f}")
     out.print(table)

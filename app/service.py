@@ -73,6 +73,7 @@ class InferenceService:
         self._max_pixels = max_pixels
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._draining = False
+        metrics.ready.set_function(lambda: float(self.ready))  # so that it also tells of a model that failed
 
     @property
     def ready(self) -> bool:
@@ -82,7 +83,6 @@ class InferenceService:
     def drain(self) -> None:
         """Say 'not ready' from now on; requests are still answered."""
         self._draining = True
-        self._metrics.ready.set(0)
 
     async def classify(
         self,

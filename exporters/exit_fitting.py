@@ -16,7 +16,7 @@ from models.manifest import ExitSpec
 
 NEVER = 1.01  # above every score: nobody leaves here
 TEMPERATURES = np.geomspace(0.05, 20, 400)  # steps of 1.5 %, far finer than what the fit can tell apart
-MAX_COMBINATIONS = 40_000  # of candidate thresholds that are tried
+MAX_COMBINATIONS = 500  # of candidate thresholds; for the last early exit every possible one is tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,34 +65,58 @@ def fit_exits(
     temperatures = [fit_temperature(stage_logits, labels) for stage_logits in logits]
     scores = [SCORES[config.score](softmax(z, t)) for z, t in zip(logits[:-1], temperatures[:-1], strict=True)]
     correct = np.stack([stage_logits.argmax(axis=1) == labels for stage_logits in logits])
-    needed = correct[-1].mean() - config.max_accuracy_drop
-    cost_through = np.cumsum(stage_costs)
-
-    per_exit = max(5, int(MAX_COMBINATIONS ** (1 / max(1, len(scores)))))
-    candidates = [np.append(np.unique(np.quantile(score, np.linspace(0, 1, per_exit))), NEVER) for score in scores]
-    best, best_cost = tuple(NEVER for _ in scores), float(cost_through[-1])
-    for thresholds in itertools.product(*candidates):
-        accuracy, cost = _accuracy_and_cost(scores, correct, cost_through, thresholds)
-        if accuracy >= needed and cost < best_cost:
-            best, best_cost = tuple(float(t) for t in thresholds), cost
-
+    thresholds = _fit_thresholds(scores, correct, np.cumsum(stage_costs), config.max_accuracy_drop)
     specs = [
         ExitSpec(score=config.score, temperature=temperature, threshold=threshold)
-        for temperature, threshold in zip(temperatures[:-1], best, strict=True)
+        for temperature, threshold in zip(temperatures[:-1], thresholds, strict=True)
     ]
     return (*specs, ExitSpec(score=config.score, temperature=temperatures[-1], threshold=None))
 
 
-def _accuracy_and_cost(
-    scores: Sequence[FloatArray], correct: Array, cost_through: Array, thresholds: Sequence[float]
-) -> tuple[float, float]:
-    still_in = np.ones(correct.shape[1], dtype=bool)
-    right, cost = 0, 0.0
-    for stage, (score, threshold) in enumerate(zip(scores, thresholds, strict=True)):
-        leaving = still_in & (score >= np.float32(threshold))
-        right += int(correct[stage][leaving].sum())
-        cost += float(cost_through[stage]) * int(leaving.sum())
-        still_in &= ~leaving
-    right += int(correct[-1][still_in].sum())
-    cost += float(cost_through[-1]) * int(still_in.sum())
-    return right / correct.shape[1], cost / correct.shape[1]
+def _fit_thresholds(scores: Sequence[FloatArray], correct: Array, cost_through: Array, max_drop: float) -> tuple[float, ...]:
+    """The thresholds of least mean cost: candidates for all exits but the last early one, for that one every score.
+
+    Args:
+        scores: (N,) of each early exit.
+        correct: bool (exits, N).
+        cost_through: of an image that leaves at each exit.
+    """
+    if not scores:
+        return ()
+    count = correct.shape[1]
+    right_needed = int(correct[-1].sum()) - int(max_drop * count + 1e-9)  # 1e-9: 0.005 * 1000 may come out as 4.999...
+    per_exit = max(5, int(MAX_COMBINATIONS ** (1 / max(1, len(scores) - 1))))
+    candidates = [np.append(np.unique(np.quantile(score, np.linspace(0, 1, per_exit))), NEVER) for score in scores[:-1]]
+    best, best_cost = tuple(NEVER for _ in scores), np.inf
+    for outer in itertools.product(*candidates):
+        still_in = np.ones(count, dtype=bool)
+        right, cost = 0, 0.0
+        for stage, threshold in enumerate(outer):
+            leaving = still_in & (scores[stage] >= np.float32(threshold))
+            right += int(correct[stage][leaving].sum())
+            cost += float(cost_through[stage]) * int(leaving.sum())
+            still_in &= ~leaving
+        threshold, inner_cost = _sweep(scores[-1][still_in], correct[-2:, still_in], cost_through[-2:], right_needed - right)
+        if cost + inner_cost < best_cost:
+            best, best_cost = (*(float(t) for t in outer), threshold), cost + inner_cost
+    return best
+
+
+def _sweep(score: FloatArray, correct: Array, cost: Array, right_needed: int) -> tuple[float, float]:
+    """The lowest threshold of one exit with enough images right, and the cost; infinite when there is none.
+
+    Args:
+        score: (M,); correct: bool (2, M), here and at the last exit; cost: (2,), likewise.
+    """
+    order = np.argsort(-score, kind="stable")
+    here, after = correct[:, order]
+    # With the k surest leaving here, for k = 0 .. M:
+    right = np.concatenate([[0], np.cumsum(here)]) + int(after.sum()) - np.concatenate([[0], np.cumsum(after)])
+    falling = score[order]
+    apart = np.concatenate([[True], falling[1:] < falling[:-1], [True]])[: len(score) + 1]  # equal scores leave together
+    possible = np.flatnonzero(apart & (right >= right_needed))
+    if not len(possible):
+        return NEVER, np.inf
+    leaving = int(possible[-1])
+    threshold = float(falling[leaving - 1]) if leaving else NEVER
+    return threshold, float(cost[0]) * leaving + float(cost[1]) * (len(score) - leaving)

@@ -74,7 +74,8 @@ def stage_graph(
     source: tuple[str, int, Shape]
     if stage.embedding is not None:
         x = graph.embed(stage.embedding, config, preprocess)
-        source = (PIXELS, TensorProto.UINT8, preprocess.pixels().shape)
+        kind = TensorProto.UINT8 if preprocess.layout == "uint8_nhwc" else TensorProto.FLOAT
+        source = (PIXELS, kind, preprocess.pixels().shape)
     else:
         x = tokens_name(index - 1)
         source = (x, TensorProto.FLOAT, (BATCH, config.num_tokens, config.width))
@@ -107,7 +108,7 @@ class _Graph:
 
     def weight(self, name: str, value: Array | Tensor) -> str:
         array = value.detach().numpy() if isinstance(value, Tensor) else value
-        self._weights[name] = np.ascontiguousarray(array)
+        self._weights[name] = np.asarray(array, order="C")  # ascontiguousarray would make a scalar an array
         return name
 
     def constant(self, name: str, values: Sequence[int]) -> str:

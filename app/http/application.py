@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from app import __version__
 from app.assembly import open_service
-from app.http.errors import install_error_handlers
+from app.http.errors import install_error_handlers, unexpected_problem
 from app.http.middleware import RequestContextMiddleware
 from app.http.routes import classify, health, metrics, models, page
 from app.metrics import Metrics, create_registry
@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
     install_error_handlers(app)
-    app.add_middleware(RequestContextMiddleware, access_log=settings.log.access)
+    app.add_middleware(RequestContextMiddleware, access_log=settings.log.access, on_unexpected=unexpected_problem)
     for module in (classify, models, health, metrics, page):
         app.include_router(module.router)
     page.mount_static(app)

@@ -19,6 +19,7 @@ log = get_logger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 TYPE_PREFIX = "urn:fovea:error:"
+MAX_DETAIL_CHARS = 1000  # it may quote the client, who may have said millions
 # code -> (status, title). The title is the same for every occurrence; the detail tells this one.
 STATUSES: dict[str, tuple[int, str]] = {
     "invalid_request": (422, "The request is not valid"),
@@ -35,7 +36,6 @@ STATUSES: dict[str, tuple[int, str]] = {
     "startup_error": (500, "The service is not set up correctly"),
     "not_found": (404, "There is nothing at this address"),
     "method_not_allowed": (405, "The method is not allowed here"),
-    "client_closed_request": (400, "The request ended early"),
     "internal_error": (500, "Something went wrong in the service"),
 }
 
@@ -43,6 +43,8 @@ STATUSES: dict[str, tuple[int, str]] = {
 def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
     """One error as problem+json."""
     status, title = STATUSES[code]
+    if len(detail) > MAX_DETAIL_CHARS:
+        detail = detail[:MAX_DETAIL_CHARS] + "…"
     body = {
         "type": TYPE_PREFIX + code,
         "title": title,
@@ -66,7 +68,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_unexpected)
 
 
 async def _on_service_error(_request: Request, error: Exception) -> Response:
@@ -91,7 +92,8 @@ async def _on_http_exception(_request: Request, error: Exception) -> Response:
     return service_problem(InvalidRequest(str(error.detail)))
 
 
-async def _on_unexpected(_request: Request, error: Exception) -> Response:
+def unexpected_problem(error: Exception) -> Response:
+    """The problem of an error that nobody expected: the log has it whole, the answer nothing of it."""
     log.error("unexpected error", exc_info=error)
     return problem("internal_error", "The request could not be answered; the service's log has the cause under its id.")
 

@@ -1,10 +1,11 @@
-"""Plain ASGI around every request: its id, the access log, and closing connections while the service drains."""
+"""Plain ASGI around every request: its id, the access log, the last resort for errors, closing connections in a drain."""
 
 from __future__ import annotations
 
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,12 +22,14 @@ class RequestContextMiddleware:
 
     Args:
         access_log: write a line for every request, not only for those that failed on our side.
+        on_unexpected: the answer to an error that no handler took. It is given here and not by a handler because Starlette
+            calls that one outside, where the request has no id any more.
     """
 
-    def __init__(self, app: ASGIApp, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, *, access_log: bool, on_unexpected: Callable[[Exception], ASGIApp]) -> None:
         self._app = app
         self._access_log = access_log
-        self.draining = False
+        self._on_unexpected = on_unexpected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +52,14 @@ class RequestContextMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            # FastAPI's GET routes do not answer HEAD; the server knows from its own scope that no body is sent.
+            inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(inner, receive, send_with_id)
+        except Exception as error:
+            answer = self._on_unexpected(error)
+            if status:  # the answer has begun: the server can only close the connection
+                raise
+            await answer(scope, receive, send_with_id)
         finally:
             if self._access_log or status >= 500 or not status:
                 milliseconds = round(1000 * (time.perf_counter() - started), 2)

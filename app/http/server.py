@@ -24,17 +24,16 @@ from app.settings import Settings
 
 log = get_logger(__name__)
 
-STARTUP_FAILED = 3  # exit status, as uvicorn's own
 
-
-def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT; the process's exit status.
+def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT.
 
     Args:
         on_ready: called with the address once requests are welcome.
 
     Raises:
         StartupError: the address cannot be listened on.
+        ServiceError: as `open_service`.
     """
     http = settings.http
     config = uvicorn.Config(
@@ -43,7 +42,7 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
         access_log=False,
         timeout_graceful_shutdown=http.shutdown_timeout_s,
         server_header=False,
-        lifespan="on",
+        lifespan="off",  # ours, in `_DrainingServer.serve`
     )
     with _listen(http.host, http.port) as listener:
         host = f"[{http.host}]" if ":" in http.host else http.host
@@ -51,7 +50,6 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
             config, app, http.drain_delay_s, lambda: on_ready(f"http://{host}:{listener.getsockname()[1]}")
         )
         server.run(sockets=[listener])
-    return 0 if server.started else STARTUP_FAILED
 
 
 class _DrainingServer(uvicorn.Server):
@@ -62,6 +60,12 @@ class _DrainingServer(uvicorn.Server):
         self._on_ready = on_ready
         self._drain_task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn's own lifespan would log a traceback for a model that cannot be loaded, and keep the error to itself.
+        with self.capture_signals():
+            async with self._app.router.lifespan_context(self._app):
+                await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()

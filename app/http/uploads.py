@@ -7,6 +7,7 @@ import binascii
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+import orjson
 from pydantic import ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -33,6 +34,16 @@ class _InMemoryParser(MultiPartParser):
     """The body is in memory already: parts are not written to disk again."""
 
     spool_max_size = 2**62
+    complete = False  # the closing boundary came
+
+    def on_part_begin(self) -> None:
+        # Not the charset of the Content-Type, which RFC 7578 does not know: some of Python's codecs take seconds for a
+        # name of some kilobytes, and fail in ways of their own.
+        self._charset = "utf-8"
+        super().on_part_begin()
+
+    def on_end(self) -> None:
+        self.complete = True
 
     @property
     def too_many_files(self) -> bool:
@@ -95,6 +106,8 @@ async def _from_multipart(headers: Headers, body: bytes, max_images: int) -> Upl
         if parser.too_many_files:
             raise _too_many(max_images) from error
         raise InvalidRequest(f"the multipart body cannot be read: {error}") from error
+    if not parser.complete:  # the last part would be missing without a word
+        raise InvalidRequest("the multipart body ends before its closing boundary; send it whole")
     images: list[bytes | RequestError] = []
     fields: dict[str, str] = {}
     for name, value in form.multi_items():
@@ -111,10 +124,19 @@ async def _from_multipart(headers: Headers, body: bytes, max_images: int) -> Upl
 
 def _from_json(body: bytes, max_images: int) -> Upload:
     try:
-        parsed = ClassifyJson.model_validate_json(body)
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    # Counted before pydantic looks: it writes down every fault of every element, which may be millions.
+    if isinstance(value, dict):
+        if len(value) > MAX_FORM_FIELDS:
+            raise InvalidRequest(f"the JSON object has {len(value)} keys; there are {', '.join(ClassifyJson.model_fields)}")
+        if isinstance(images := value.get("images"), list):
+            _check_count(len(images), max_images, 'the list "images" is empty')
+    try:
+        parsed = ClassifyJson.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
-    _check_count(len(parsed.images), max_images, 'the list "images" is empty')
     fields = ClassifyFields(model=parsed.model, version=parsed.version, top_k=parsed.top_k)
     return Upload([_from_base64(text) for text in parsed.images], fields, several=len(parsed.images) > 1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -96,7 +97,8 @@ async def classify(
                 if wanted is None:
                     wanted = min(DEFAULT_TOP_K, chosen.manifest.num_classes)
                 good = [image for image in upload.images if isinstance(image, bytes)]
-                results = iter(await service.classify(good, permit, model=chosen, top_k=wanted) if good else [])
+                classified = service.classify(good, permit, model=chosen, top_k=wanted)
+                results = iter(await _while_connected(request, classified))
         answers = [next(results) if isinstance(image, bytes) else image for image in upload.images]
         if not upload.several and isinstance(answers[0], ServiceError):
             raise answers[0]
@@ -125,6 +127,30 @@ def _answer(model: LoadedModel, answers: list[Prediction | ServiceError]) -> Res
     predictions = [answer for answer in answers if isinstance(answer, Prediction)]
     headers = {"Server-Timing": server_timing(predictions)} if predictions else None
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of the work. It is cancelled when the client leaves, so that no batch is computed for nobody.
+
+    Raises:
+        InvalidRequest: the client has left.
+    """
+    task = asyncio.create_task(work)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if watcher.done():
+            raise InvalidRequest("the connection was closed before the answer") from None
+        raise
+    finally:
+        watcher.cancel()
 
 
 def _either(name: str, query: T | None, body: T | None) -> T | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 router = APIRouter(include_in_schema=False)
@@ -32,7 +33,16 @@ async def docs() -> FileResponse:
     return FileResponse(STATIC / "docs.html", headers=HEADERS)
 
 
+class _Files(StaticFiles):
+    """With the headers of the pages."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
 def mount_static(app: FastAPI) -> None:
     """The files of the pages. Swagger UI's come out of the package that carries them."""
-    app.mount("/static/swagger", StaticFiles(directory=str(files("fastapi_offline") / "static")))  # first match wins
-    app.mount("/static", StaticFiles(directory=STATIC))
+    app.mount("/static/swagger", _Files(directory=str(files("fastapi_offline") / "static")))  # first match wins
+    app.mount("/static", _Files(directory=STATIC))

@@ -1,0 +1,53 @@
+"""Labelled images from folders and archives, through the imaging that serves."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exporters.images import ImageSetError, read_images
+from models.zoo import ZOO
+from tests.images import make_jpeg, photo
+
+ENTRY = ZOO["test_vit"]
+
+
+def test_a_folder_and_a_zip_of_it_give_the_same(tmp_path: Path) -> None:
+    """Pixels, labels and checksum; a hidden file is no image."""
+    for name in ("cat/1.jpg", "dog/2.jpg", "dog/10.jpg"):
+        file = tmp_path / "set" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(make_jpeg(photo(48, 40, seed=len(name))))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in (tmp_path / "set").rglob("*.jpg"):
+            archive.write(file, f"{file.parent.name}/{file.name}")
+    (tmp_path / "set" / "cat" / ".DS_Store").write_bytes(b"no image")
+
+    folder, zipped = (read_images(tmp_path / name, ENTRY.labels, ENTRY.preprocess) for name in ("set", "set.zip"))
+
+    assert folder.pixels.shape == (3, 32, 32, 3)
+    assert folder.labels.tolist() == [3, 5, 5]
+    assert np.array_equal(folder.pixels, zipped.pixels)
+    assert folder.sha256 == zipped.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [("zebra/1.jpg", b"", "zebra"), ("cat/1.jpg", b"not a picture", "cat/1.jpg"), ("1.txt", b"", "no images")],
+)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    """An export on half a folder would be an export on other images than its owner thinks."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageSetError, match=says):
+        read_images(tmp_path, ENTRY.labels, ENTRY.preprocess)
+
+
+def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
+    """For instance a tar archive."""
+    (tmp_path / "set.tar").write_bytes(b"tar")
+    with pytest.raises(ImageSetError, match="neither a folder nor a zip"):
+        read_images(tmp_path / "set.tar", ENTRY.labels, ENTRY.preprocess)

@@ -1,0 +1,124 @@
+"""The whole export: what is published is complete, verified and never half there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from app.runtime.cpu import has_exact_int8
+from exporters import recipe
+from exporters.cli import app as exporter
+from exporters.config import ExportConfig
+from exporters.publishing import AlreadyPublished
+from exporters.validation import ValueMismatch
+from models.manifest import ModelManifest
+from models.zoo import CIFAR10_LABELS, create_model
+from tests.images import make_jpeg, photo
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights and two images a class."""
+    directory = tmp_path_factory.mktemp("inputs")
+    save_file(create_model("test_vit", seed=0).state_dict(), directory / "weights.safetensors")
+    for label, name in enumerate(CIFAR10_LABELS):
+        (directory / "images" / name).mkdir(parents=True)
+        for number in range(2):
+            (directory / "images" / name / f"{number}.jpg").write_bytes(make_jpeg(photo(40, 36, seed=2 * label + number)))
+    return directory
+
+
+def make_config(inputs: Path, repository: Path, version: int = 1) -> ExportConfig:
+    """An export of the tiny network."""
+    images = inputs / "images"
+    return ExportConfig("test_vit", inputs / "weights.safetensors", images, images, repository, version)
+
+
+def test_a_published_version_is_complete(inputs: Path, tmp_path: Path) -> None:
+    """Manifest, checksums, golden pair, report and card agree with each other."""
+    steps: list[str] = []
+    directory = recipe.run(make_config(inputs, tmp_path), steps.append)
+
+    manifest = ModelManifest.load(directory)
+    found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert found == {"manifest.json", *manifest.files}
+    variants = ["fp32", "int8"] if has_exact_int8() else ["fp32"]
+    assert variants == [variant.name for variant in manifest.variants]
+    assert (len(CIFAR10_LABELS), 3) == (manifest.num_classes, len(manifest.stages))
+    report = json.loads((directory / "report.json").read_text())
+    assert report["tested_on"]["images"] == 20
+    card = (directory / "MODEL_CARD.md").read_text()
+    for variant in variants:
+        assert f"{100 * report['variants'][variant]['operating_point']['top1']:.2f} %" in card
+    assert steps[-1] == "publishing"
+    assert [directory] == list((tmp_path / "test_vit").iterdir())
+
+
+def test_the_same_inputs_give_the_same_graphs(inputs: Path, tmp_path: Path) -> None:
+    """Publishing again is the same computation: every file but the times is equal."""
+    first, second = (recipe.run(make_config(inputs, tmp_path / name)) for name in ("a", "b"))
+    files = {path.relative_to(first) for path in first.rglob("*.onnx")}
+    assert files
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+    with np.load(first / "golden.npz") as mine, np.load(second / "golden.npz") as theirs:
+        assert set(mine) == set(theirs)
+
+
+def test_a_version_is_never_overwritten(inputs: Path, tmp_path: Path) -> None:
+    """It may be being served."""
+    directory = recipe.run(make_config(inputs, tmp_path))
+    before = (directory / "manifest.json").stat().st_mtime_ns
+
+    with pytest.raises(AlreadyPublished, match="version 1 is already published"):
+        recipe.run(make_config(inputs, tmp_path))
+
+    assert before == (directory / "manifest.json").stat().st_mtime_ns
+
+
+def test_a_failed_export_leaves_nothing_behind(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a half version nor a partial directory."""
+
+    def differs(*_: object, **__: object) -> float:
+        raise ValueMismatch("stage 1")
+
+    monkeypatch.setattr(recipe, "validate", differs)
+    with pytest.raises(ValueMismatch):
+        recipe.run(make_config(inputs, tmp_path))
+
+    assert list((tmp_path / "test_vit").iterdir()) == []
+
+
+def test_the_command_says_what_is_wrong_in_one_line(inputs: Path, tmp_path: Path) -> None:
+    """No traceback for what its user can mend."""
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    arguments = ["export", "--model", "test_vit", "--weights", str(tmp_path / "bad.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
+
+    result = CliRunner().invoke(exporter, arguments)
+
+    assert result.exit_code == 1
+    assert "bad.safetensors is not a file of weights" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path, tmp_path: Path) -> None:
+    """The card shows the command with file names only."""
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "3"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
+    arguments += ["--no-int8", "--data", "twenty drawings"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["exporters", *arguments])
+        result = CliRunner().invoke(exporter, arguments)
+
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "test_vit" / "3" / "MODEL_CARD.md").read_text()
+    assert "twenty drawings" in card
+    assert str(tmp_path) not in card
+    assert [variant.name for variant in ModelManifest.load(tmp_path / "test_vit" / "3").variants] == ["fp32"]

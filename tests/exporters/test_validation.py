@@ -1,0 +1,58 @@
+"""Validation fails when it should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from app.types import Array, StageOutput
+from exporters.recipe import golden_images
+from exporters.staging import stage_specs
+from exporters.validation import ShapeMismatch, ValueMismatch, normalised, validate
+from models.zoo import ZOO, create_model
+
+SPEC = ZOO["test_vit"].preprocess
+
+
+class TorchBackend:
+    """The network itself as a backend, with something done to its logits."""
+
+    def __init__(self, change: float = 0.0, cut: bool = False) -> None:
+        self.model = create_model("test_vit").eval()
+        self.change, self.cut = change, cut
+
+    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        (value,) = inputs.values()
+        x = normalised(value, SPEC) if stage == 0 else torch.from_numpy(value)
+        with torch.no_grad():
+            logits, tokens = self.model.stages[stage](x)
+        logits = logits.numpy() + np.float32(self.change if stage == 1 else 0)
+        state = {} if stage == 2 else {f"tokens_{stage}": tokens.numpy()}
+        return StageOutput(logits[:, :9] if self.cut else logits, state)
+
+
+def run(backend: TorchBackend) -> float:
+    """Validate against an untouched network."""
+    model = create_model("test_vit").eval()
+    return validate(backend, stage_specs(model, SPEC), model, SPEC, golden_images(SPEC))  # type: ignore[arg-type]
+
+
+def test_an_equal_network_passes() -> None:
+    """The largest difference is returned."""
+    assert run(TorchBackend()) < 1e-5
+
+
+@pytest.mark.parametrize("change", [0.002, float("nan")])
+def test_values_beyond_the_tolerance_are_refused_with_the_stage(change: float) -> None:
+    """NaN is beyond any tolerance."""
+    with pytest.raises(ValueMismatch, match="stage 1, batch 1"):
+        run(TorchBackend(change))
+
+
+def test_another_shape_is_refused() -> None:
+    """One class too few."""
+    with pytest.raises(ShapeMismatch, match="logits has shape"):
+        run(TorchBackend(cut=True))

@@ -1,0 +1,135 @@
+"""Stages as ONNX graphs: the same numbers as PyTorch, a free batch axis, and INT8 that any batch leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from exporters.calibration import collect_ranges, spread
+from exporters.config import CalibrationConfig
+from exporters.recipe import golden_images
+from exporters.staging import stage_specs
+from exporters.validation import normalised
+from exporters.vit_graph import ActivationRange, stage_graph
+from models.manifest import LOGITS, PIXELS, PreprocessSpec
+from models.multi_exit import MultiExitViT
+from models.zoo import ZOO, create_model
+
+
+def graphs(model: MultiExitViT, spec: PreprocessSpec, **options: object) -> list[onnx.ModelProto]:
+    """Every stage of a network; `ranges` is a list with one mapping a stage."""
+    ranges = options.pop("ranges", None)
+    return [
+        stage_graph(
+            stage,
+            index,
+            model.config,
+            spec,
+            last=index == len(model.stages) - 1,
+            ranges=ranges[index] if ranges else None,
+            **options,
+        )
+        for index, stage in enumerate(model.stages)
+    ]
+
+
+def run_chain(models: list[onnx.ModelProto], pixels: np.ndarray) -> list[np.ndarray]:
+    """Logits of every stage."""
+    inputs, logits = {PIXELS: pixels}, []
+    for index, model in enumerate(models):
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        outputs = dict(zip([node.name for node in session.get_outputs()], session.run(None, inputs), strict=True))
+        logits.append(outputs.pop(LOGITS))
+        inputs = {name: outputs[name] for name in (f"tokens_{index}",) if name in outputs}
+    return logits
+
+
+def trained(name: str) -> MultiExitViT:
+    """A network whose batch norms have seen something, as after training."""
+    model = create_model(name)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 32, 32) * 1.5 + 0.3)
+    return model.eval()
+
+
+@pytest.fixture(params=["test_vit", "vit_cifar10"], scope="module")
+def model(request: pytest.FixtureRequest) -> MultiExitViT:
+    """Both forms: patches and class token, convolutional stem and mean."""
+    torch.manual_seed(0)
+    return trained(request.param)
+
+
+@pytest.mark.parametrize("layout", ["uint8_nhwc", "float32_nchw"])
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_fp32_equals_pytorch(model: MultiExitViT, layout: str, batch_size: int) -> None:
+    """Every exit's logits, at any batch size, with normalisation in the graph or before it."""
+    spec = ZOO["test_vit"].preprocess.model_copy(update={"layout": layout})
+    pixels = np.resize(golden_images(spec), (batch_size, *golden_images(spec).shape[1:]))
+    with torch.no_grad():
+        expected = model(normalised(pixels, spec))
+
+    for mine, theirs in zip(run_chain(graphs(model, spec), pixels), expected, strict=True):
+        # 1e-4: float32 sums in another order over six blocks
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4)
+
+
+def test_the_graph_has_the_interface_that_the_manifest_says(model: MultiExitViT) -> None:
+    """Names and shapes of `stage_specs` are those of the files; batch is the only free axis."""
+    spec = ZOO["test_vit"].preprocess
+    for stage, graph in zip(stage_specs(model, spec), graphs(model, spec), strict=True):
+        for wanted, found in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
+            shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in found}
+            assert shapes == {tensor.name: tensor.shape for tensor in wanted}
+
+
+def test_int8_is_near_fp32_and_smaller(model: MultiExitViT) -> None:
+    """Every linear layer of every block is quantized; logits stay close."""
+    spec = ZOO["test_vit"].preprocess
+    pixels = golden_images(spec)
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8, fp32 = graphs(model, spec, ranges=ranges), graphs(model, spec)
+
+    kinds = [node.op_type for stage in int8 for node in stage.graph.node]
+    assert 4 * model.config.depth == kinds.count("MatMulIntegerToFloat")
+    assert sum(stage.ByteSize() for stage in int8) < 0.6 * sum(stage.ByteSize() for stage in fp32)
+    for mine, theirs in zip(run_chain(int8, pixels), run_chain(fp32, pixels), strict=True):
+        assert 0 < np.abs(mine - theirs).max() < 0.15 * np.ptp(theirs)
+
+
+def test_ranges_are_the_extremes_of_each_layers_input(tmp_path: Path) -> None:
+    """The first layer's input is the first norm's output: computed by hand with PyTorch."""
+    torch.manual_seed(0)
+    model, spec = trained("test_vit"), ZOO["test_vit"].preprocess
+    pixels = golden_images(spec)
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig(batch_size=3))
+
+    stage = model.stages[0]
+    with torch.no_grad():
+        normed = stage.blocks[0].norm1(stage.embedding(normalised(pixels, spec)))
+
+    found = ranges[0]["blocks.0.attn.qkv"]
+    assert (found.low, found.high) == pytest.approx((normed.min().item(), normed.max().item()), abs=1e-4)
+    assert [len(stage_ranges) for stage_ranges in ranges] == [8, 8, 8]
+
+
+def test_zero_is_exact_in_every_quantization() -> None:
+    """Also where all values are of one sign, or there is only one value."""
+    for low, high in ((-3.0, 5.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0)):
+        scale, zero_point = ActivationRange(low, high).scale_and_zero_point()
+        assert scale > 0
+        assert 0 <= zero_point <= 255
+        steps = np.array([min(low, 0), max(high, 0)]) / scale + zero_point
+        assert (np.round(steps) >= 0).all()
+        assert (np.round(steps) <= 255).all()
+
+
+def test_calibration_images_are_spread_over_all_classes() -> None:
+    """A sorted folder's first images would all be of one class."""
+    assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert spread(3, 10).tolist() == [0, 1, 2]

@@ -1,0 +1,97 @@
+"""The Vision Transformer: shapes, the paper's formulas, and where gradients must reach."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from models.vit import Attention, Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+
+CONFIG = ViTConfig(image_size=32, patch_size=8, width=48, depth=2, num_heads=3, num_classes=7)
+
+
+def test_attention_follows_the_formula() -> None:
+    """softmax(q k^T / sqrt(d)) v per head, written out by loops."""
+    torch.manual_seed(0)
+    attention = Attention(width=12, num_heads=3)
+    x = torch.randn(2, 5, 12)
+    q, k, v = attention.qkv(x).split(12, dim=-1)
+
+    heads = []
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)).softmax(dim=-1)
+        heads.append(weights @ v[..., part])
+    expected = attention.proj(torch.cat(heads, dim=-1))
+
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_width_that_heads_do_not_divide_is_refused() -> None:
+    """A silent remainder would drop features."""
+    with pytest.raises(ValueError, match="width 10 cannot be split into 3 heads"):
+        Attention(width=10, num_heads=3)
+
+
+def test_block_is_two_residual_branches() -> None:
+    """With both branches' last layers at zero a block passes its input through."""
+    block = Block(CONFIG)
+    for layer in (block.attn.proj, block.mlp.fc2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(2, CONFIG.num_tokens, CONFIG.width)
+
+    torch.testing.assert_close(block(x), x)
+
+
+def test_patch_embedding_sees_each_patch_alone() -> None:
+    """Changing one patch changes its own token and no other."""
+    embed = PatchEmbed(CONFIG)
+    image = torch.randn(1, 3, 32, 32)
+    changed = image.clone()
+    changed[:, :, 8:16, 0:8] += 1  # row 1, column 0 of 4 x 4 patches
+
+    differs = (embed(image) - embed(changed)).abs().sum(-1)[0] > 0
+
+    assert differs.nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize(("patch_size", "tokens"), [(2, 256), (4, 64), (8, 16)])
+def test_conv_stem_gives_one_token_per_patch(patch_size: int, tokens: int) -> None:
+    """The stem halves the image as often as the patch size says."""
+    config = ViTConfig(32, patch_size, 64, 2, 4, 10, stem="conv", pooling="mean")
+
+    assert (1, tokens, 64) == tuple(ConvStem(config).eval()(torch.zeros(1, 3, 32, 32)).shape)
+    assert tokens == config.num_tokens
+
+
+def test_conv_stem_refuses_a_patch_size_it_cannot_reach_by_halving() -> None:
+    """Six is no power of two."""
+    with pytest.raises(ValueError, match="power of two"):
+        ConvStem(ViTConfig(36, 6, 64, 2, 4, 10, stem="conv"))
+
+
+def test_class_token_comes_first_and_only_where_the_head_uses_it() -> None:
+    """`cls` pooling adds a token in front, `mean` pooling adds none."""
+    torch.manual_seed(0)
+    embedding = Embedding(CONFIG)
+    assert embedding.cls_token is not None
+    torch.nn.init.constant_(embedding.cls_token, 3.0)
+
+    tokens = embedding(torch.randn(2, 3, 32, 32))
+
+    assert tuple(tokens.shape) == (2, 17, 48)
+    torch.testing.assert_close(tokens[:, 0], (embedding.cls_token + embedding.pos_embed[:, :1])[:, 0].expand(2, -1))
+    mean = ViTConfig(32, 8, 48, 2, 3, 7, pooling="mean")
+    assert tuple(Embedding(mean)(torch.randn(2, 3, 32, 32)).shape) == (2, 16, 48)
+
+
+def test_head_pools_after_the_norm() -> None:
+    """`cls` looks at token 0 alone, `mean` at all."""
+    x = torch.randn(2, CONFIG.num_tokens, CONFIG.width)
+    head = Head(CONFIG)
+    torch.testing.assert_close(head(x), head.fc(head.norm(x)[:, 0]))
+    mean = Head(ViTConfig(32, 8, 48, 2, 3, 7, pooling="mean"))
+    torch.testing.assert_close(mean(x), mean.fc(mean.norm(x).mean(1)))
