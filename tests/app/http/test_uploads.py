@@ -1,0 +1,223 @@
+"""Bodies under the limits: what is read, what is not, and what is given back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import pytest
+from starlette.types import Message
+
+from app.http.uploads import MAX_FORM_FIELDS
+from tests.app.http.served import (
+    CLASSIFY,
+    JPEG,
+    MAX_UPLOAD_BYTES,
+    MODEL,
+    MULTIPART,
+    PNG,
+    Gate,
+    Served,
+    as_files,
+    base64_of,
+    check_answer,
+    check_problem,
+    in_background,
+    make_settings,
+    multipart,
+    part,
+    running,
+    until,
+)
+
+pytestmark = pytest.mark.anyio
+
+CHUNK = b"\xff" * 2**16
+
+
+class RawRequest:
+    """A POST to /v1/classify message by message, as a server would pass it on.
+
+    Args:
+        ends: the body ends after the chunks; otherwise the client goes silent.
+    """
+
+    def __init__(
+        self, served: Served, chunks: Iterable[bytes], headers: Iterable[tuple[bytes, bytes]] = (), *, ends: bool = True
+    ) -> None:
+        self._served = served
+        self._ended = not ends
+        self._chunks = iter(chunks)
+        self._headers = list(headers)
+        self.num_received = 0  # messages asked for
+        self.sent: list[Message] = []
+        self.leave = asyncio.Event()  # the client closes the connection
+
+    async def run(self) -> int:
+        """The status of the answer."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": CLASSIFY,
+            "raw_path": CLASSIFY.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": self._headers,
+            "client": ("127.0.0.1", 1),
+            "server": ("fovea", 80),
+        }
+        await self._served.app(scope, self._receive, self._send)
+        status: int = self.sent[0]["status"]
+        return status
+
+    async def _receive(self) -> Message:
+        self.num_received += 1
+        chunk = next(self._chunks, None)
+        if chunk is not None:
+            return {"type": "http.request", "body": chunk, "more_body": True}
+        if not self._ended:
+            self._ended = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+def endless() -> Iterable[bytes]:
+    """More than anybody accepts."""
+    while True:
+        yield CHUNK
+
+
+async def chunked(body: bytes) -> AsyncIterator[bytes]:
+    """A body whose length is not announced."""
+    for start in range(0, len(body), 1000):
+        yield body[start : start + 1000]
+
+
+async def test_of_a_body_announced_as_too_large_nothing_is_read(served: Served) -> None:
+    """Content-Length alone decides."""
+    request = RawRequest(served, endless(), [(b"content-length", str(MAX_UPLOAD_BYTES + 1).encode())])
+    assert await request.run() == 413
+    assert request.num_received == 0
+    served.assert_nothing_in_flight()
+
+
+async def test_of_a_body_without_length_no_more_is_read_than_the_limit(served: Served) -> None:
+    """An endless body ends at the first chunk beyond the limit."""
+    request = RawRequest(served, endless(), [(b"transfer-encoding", b"chunked")])
+    assert await request.run() == 413
+    assert MAX_UPLOAD_BYTES // len(CHUNK) + 1 == request.num_received
+    served.assert_nothing_in_flight()
+
+
+async def test_a_body_larger_than_announced_is_held_to_the_limit(served: Served) -> None:
+    """A server should not pass it on; should it, it is counted all the same."""
+    request = RawRequest(served, endless(), [(b"content-length", b"10")])
+    assert await request.run() == 413
+    served.assert_nothing_in_flight()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_the_limit_itself_is_accepted(tiny_repository: Path, announced: bool) -> None:
+    """A body of exactly `max_upload_bytes` is read; one byte more is refused."""
+    async with running(make_settings(tiny_repository, http={"max_upload_bytes": len(JPEG)})) as served:
+        for body, status in ((JPEG, 200), (JPEG + b"\0", 413)):
+            response = await served.client.post(CLASSIFY, content=body if announced else chunked(body))
+            assert status == response.status_code
+        check_problem(response, 413, "payload_too_large", str(len(JPEG)))
+        served.assert_nothing_in_flight()
+
+
+@pytest.mark.parametrize("body", [JPEG, multipart(part(JPEG), part(PNG))])
+async def test_a_body_in_chunks_is_put_together(served: Served, body: bytes) -> None:
+    """Whatever its form, and wherever it is cut."""
+    headers = {"content-type": MULTIPART} if body is not JPEG else {}
+    response = await served.client.post(CLASSIFY, content=chunked(body), headers=headers)
+    check_answer(response, num_results=1 if body is JPEG else 2)
+
+
+async def test_as_many_images_as_allowed_are_accepted(tiny_repository: Path) -> None:
+    """`max_images_per_request` itself is fine, one more is not; in both forms."""
+    async with running(make_settings(tiny_repository, http={"max_images_per_request": 3})) as served:
+        for count, status in ((3, 200), (4, 413)):
+            for response in (
+                await served.client.post(CLASSIFY, files=as_files([JPEG] * count)),
+                await served.client.post(CLASSIFY, json={"images": [base64_of(JPEG)] * count}),
+            ):
+                assert status == response.status_code
+                if status == 413:
+                    check_problem(response, 413, "payload_too_large", "3 images")
+
+
+async def test_as_many_form_fields_as_allowed_are_accepted(served: Served) -> None:
+    """Said again, a field counts again; the last one is taken."""
+    body = multipart(*[part(b"2", "top_k", None)] * (MAX_FORM_FIELDS - 1), part(b"1", "top_k", None), part(JPEG))
+    answer = check_answer(await served.classify(body, headers={"content-type": MULTIPART}))
+    assert answer.results[0].predictions is not None
+    assert len(answer.results[0].predictions) == 1
+
+
+@pytest.mark.parametrize("charset", ["punycode", "utf-7", "idna", "utf-16", "raw_unicode_escape", "no-such-charset", "rot13"])
+async def test_the_charset_of_a_form_is_not_used(served: Served, charset: str) -> None:
+    """RFC 7578 does not know it, and some of Python's codecs take seconds for some kilobytes, or raise errors of their own."""
+    body = multipart(part(b"a" + b"-z" * 5000, "model", None), part(JPEG))
+    response = await served.classify(body, headers={"content-type": f"{MULTIPART}; charset={charset}"})
+    check_problem(response, 404, "model_not_found", "'a-z-z")
+
+
+async def test_a_client_that_leaves_during_its_upload_costs_nothing(served: Served) -> None:
+    """What it had sent is given back, and it is counted as the client's own doing."""
+    request = RawRequest(served, [JPEG[:100]], [(b"content-length", b"1000")], ends=False)
+    running_request = asyncio.ensure_future(request.run())
+    await until(lambda: served.sample("fovea_in_flight_bytes") == 1000)
+    request.leave.set()
+    assert await running_request == 422
+    assert served.outcome("client_error", model="unknown") == 1
+    served.assert_nothing_in_flight()
+
+
+async def test_a_client_that_leaves_before_its_answer_is_not_computed_for(tiny_repository: Path, gate: Gate) -> None:
+    """Its image leaves the queue, its permit comes back at once, and the others are answered."""
+    async with running(make_settings(tiny_repository, batching={"max_batch_size": 1})) as served:
+        begun = len(gate.batches)
+        with gate.held():
+            async with in_background(served.classify(JPEG)) as (first,):
+                await gate.began(begun + 1)
+                leaving = RawRequest(served, [PNG])
+                async with in_background(leaving.run(), served.classify(PNG)) as (gone, last):
+                    await until(lambda: served.sample("fovea_queue_size", model=MODEL, stage="0") == 2)
+                    assert served.sample("fovea_in_flight") == 3
+                    leaving.leave.set()
+                    await until(gone.done)
+                    assert served.sample("fovea_in_flight") == 2
+                    gate.release()
+                    check_answer(await first)
+                    check_answer(await last)
+        assert served.sample("fovea_skipped_total", model=MODEL, stage="0") == 1
+        assert [stage for stage, _ in gate.batches[begun:]].count(0) == 2
+        assert served.outcome("client_error") == 1
+        served.assert_nothing_in_flight()
+
+
+async def test_a_client_that_leaves_while_its_image_is_computed_gives_its_permit_back(
+    tiny_repository: Path, gate: Gate
+) -> None:
+    """The run goes on, its answer is nobody's, and the next request is answered."""
+    async with running(make_settings(tiny_repository)) as served:
+        begun = len(gate.batches)
+        leaving = RawRequest(served, [JPEG])
+        with gate.held():
+            async with in_background(leaving.run()) as (gone,):
+                await gate.began(begun + 1)
+                leaving.leave.set()
+                await until(gone.done)
+                served.assert_nothing_in_flight()
+        check_answer(await served.classify(JPEG))
+        assert (await served.client.get("/health/ready")).status_code == 200

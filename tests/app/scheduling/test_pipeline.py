@@ -1,0 +1,443 @@
+"""Every image gets its own answer or an error, whatever happens to the others, to the run or to the loops."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from app.errors import InferenceFailed
+from app.metrics import Metrics
+from app.runtime.pool import BackendPool
+from app.scheduling.pipeline import StagedPipeline
+from app.scheduling.work import WorkItem
+from app.types import PipelineResult, StageExecutor, StageOutput
+from models.manifest import PIXELS
+from tests.fakes import (
+    NUM_STAGES,
+    VIRTUAL_TIME,
+    FakeBackend,
+    FakeExecutor,
+    answer,
+    answered_number,
+    make_policy,
+    pixels,
+    settle,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_clock")]
+Answers = list[PipelineResult | BaseException]
+
+
+@pytest.fixture
+def anyio_backend() -> object:
+    return VIRTUAL_TIME
+
+
+@asynccontextmanager
+async def pipeline_on(
+    executor: StageExecutor, metrics: Metrics, *, max_batch_size: int = 4, max_queue_delay_s: float = 0.0
+) -> AsyncIterator[StagedPipeline]:
+    """A started pipeline, closed afterwards."""
+    pipeline = StagedPipeline(
+        executor,
+        make_policy(),
+        input_name=PIXELS,
+        model="m",
+        metrics=metrics,
+        max_batch_size=max_batch_size,
+        max_queue_delay_s=max_queue_delay_s,
+    )
+    pipeline.start()
+    with capture_logs():  # failures on purpose are not for the terminal
+        yield pipeline
+        await pipeline.close()
+
+
+async def submit(pipeline: StagedPipeline, *numbers: int) -> list[asyncio.Task[PipelineResult]]:
+    """Submit images and let them go as far as they get."""
+    tasks = [asyncio.create_task(pipeline.submit(pixels(number))) for number in numbers]
+    await settle()
+    return tasks
+
+
+async def answers(tasks: Iterable[asyncio.Task[PipelineResult]]) -> Answers:
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def failed_numbers(found: Answers) -> list[int]:
+    """Which of the answers are errors, all of the one kind that callers are promised."""
+    failed = [index for index, each in enumerate(found) if isinstance(each, BaseException)]
+    assert all(isinstance(found[index], InferenceFailed) for index in failed)
+    return failed
+
+
+def count(metrics: Metrics, name: str, stage: int) -> float:
+    return metrics.registry.get_sample_value(name, {"model": "m", "stage": str(stage)}) or 0.0
+
+
+async def test_order_and_identity_survive_rebatching_across_stages(metrics: Metrics) -> None:
+    """Images that leave at different stages, in batches formed anew at each, all get the answer to themselves."""
+    leaves_after = {number: number * 7 % NUM_STAGES for number in range(30)}
+    executor = FakeExecutor(leaves_after, instances=2, run_s=0.001)
+
+    async with pipeline_on(executor, metrics, max_batch_size=4) as pipeline:
+        results = await asyncio.gather(*(pipeline.submit(pixels(number)) for number in range(30)))
+
+    assert list(range(30)) == [answered_number(result) for result in results]
+    assert list(leaves_after.values()) == [result.exit.stage for result in results]
+    assert [result.exit.confidence for result in results] == [float(result.probabilities.max()) for result in results]
+    assert {result.exit.num_stages for result in results} == {NUM_STAGES}
+    first_batch_of = {number: index for index, batch in enumerate(executor.batches(0)) for number in batch}
+    mixed = [batch for batch in executor.batches(1) if len({first_batch_of[number] for number in batch}) > 1]
+    assert mixed, "no batch of stage 1 was formed of images of several batches of stage 0: the test shows nothing"
+
+
+async def test_each_stage_sees_only_the_survivors_of_the_one_before(metrics: Metrics) -> None:
+    """An image that left is never computed again; the counters of exits say where each left."""
+    executor = FakeExecutor({1: 1, 2: 2, 3: 2})
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        await answers(await submit(pipeline, 0, 1, 2, 3))
+
+    assert executor.batches(0) == [[0, 1, 2, 3]]
+    assert executor.batches(1) == [[1, 2, 3]]
+    assert executor.batches(2) == [[2, 3]]
+    assert [count(metrics, "fovea_exits_total", stage) for stage in range(NUM_STAGES)] == [1, 1, 2]
+
+
+async def test_the_last_stage_lets_unsure_images_leave(metrics: Metrics) -> None:
+    """An image that is never sure gets the last stage's answer, with the confidence that it has."""
+    executor = FakeExecutor({5: NUM_STAGES})
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        (task,) = await submit(pipeline, 5)
+
+    result = task.result()
+    assert answered_number(result) == 5
+    assert result.exit.stage == NUM_STAGES - 1
+    assert result.exit.confidence == pytest.approx(float(np.e / (np.e + 63)), rel=1e-5)
+    assert result.probabilities.sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("instances", [1, 2, 3])
+async def test_no_batch_exceeds_max_batch_size_at_any_stage(metrics: Metrics, instances: int) -> None:
+    """The limit holds for survivors too, who come in whatever numbers the runs before left."""
+    executor = FakeExecutor(dict.fromkeys(range(20), 2), instances=instances, run_s=0.001)
+
+    async with pipeline_on(executor, metrics, max_batch_size=3) as pipeline:
+        await answers(await submit(pipeline, *range(20)))
+
+    assert sorted(executor.images(2)) == list(range(20))
+    assert max(len(batch) for _, batch in executor.runs) == 3
+    assert executor.most_running == instances
+
+
+async def test_timings_tell_wait_and_run_of_every_stage(metrics: Metrics) -> None:
+    """Two images, one instance, runs of 8 ms: the second waits for the first, then both go on together."""
+    executor = FakeExecutor({1: 1, 2: 1}, run_s=0.008)
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        first, second = await asyncio.gather(pipeline.submit(pixels(1)), pipeline.submit(pixels(2)))
+
+    assert executor.runs == [(0, [1]), (0, [2]), (1, [1]), (1, [2])]
+    assert first.queue_s == pytest.approx([0.0, 0.008])
+    assert second.queue_s == pytest.approx([0.008, 0.008])
+    assert first.compute_s == second.compute_s == pytest.approx([0.008, 0.008])
+    assert count(metrics, "fovea_stage_duration_seconds_sum", 0) == pytest.approx(0.016)
+    assert count(metrics, "fovea_batch_size_count", 0) == 2
+    assert count(metrics, "fovea_batch_size_sum", 1) == 2
+
+
+async def test_a_cancelled_image_is_not_computed_by_the_first_stage(metrics: Metrics) -> None:
+    """The caller leaves while the image waits for stage 0: the backend never sees it, and a counter says so."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        with executor.held():
+            await submit(pipeline, 1)
+            waiting, gone = await submit(pipeline, 2, 3)
+            gone.cancel()
+            await settle()
+        await answers([waiting])
+
+    assert executor.images(0) == [1, 2]
+    assert count(metrics, "fovea_skipped_total", 0) == 1
+
+
+async def test_a_cancelled_image_is_not_computed_by_a_later_stage(metrics: Metrics) -> None:
+    """The caller leaves while the image waits for stage 1: it goes no further, the others of its batch do."""
+    executor = FakeExecutor({1: 1, 2: 1})
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        async with asyncio.TaskGroup() as group:
+            staying, gone = (group.create_task(pipeline.submit(pixels(number))) for number in (1, 2))
+            with executor.held():
+                await settle()
+                (other,) = await submit(pipeline, 9)  # waits for the slot before stage 1 does
+                executor.let_one_finish()
+                await settle()
+                assert executor.runs == [(0, [1, 2]), (0, [9])]
+                gone.cancel()
+                await settle()
+        await other
+
+    assert answered_number(staying.result()) == 1
+    assert executor.images(1) == [1]
+    assert count(metrics, "fovea_skipped_total", 1) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1], ids=["sure", "unsure"])
+async def test_an_image_cancelled_during_its_run_harms_nobody(metrics: Metrics, stage: int) -> None:
+    """A run cannot be taken back; but nobody is answered who is not there, the others are, and the next stage is spared."""
+    executor = FakeExecutor({1: stage, 2: 1, 3: 0})
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        with executor.held():
+            gone, staying, sure = await submit(pipeline, 1, 2, 3)
+            gone.cancel()
+            await settle()
+        found = await answers([staying, sure])
+
+    assert [answered_number(result) for result in found if isinstance(result, PipelineResult)] == [2, 3]
+    assert executor.images(1) == [2]
+    assert count(metrics, "fovea_stage_failures_total", 0) == 0
+
+
+async def test_nothing_is_kept_of_images_that_are_done(metrics: Metrics) -> None:
+    """Answered, failed or abandoned: they are let go while the pipeline goes on, but for the last batch of each loop."""
+    executor = FakeExecutor({2: 1})
+    rounds = 20
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        for _ in range(rounds):
+            executor.scripted[1] = RuntimeError("the engine broke")
+            with executor.held():
+                tasks = await submit(pipeline, 1, 2, 3)
+                tasks[2].cancel()
+            found = await answers(tasks)
+            assert [type(each) for each in found] == [PipelineResult, InferenceFailed, asyncio.CancelledError]
+        gc.collect()
+        kept = sum(type(each) is WorkItem for each in gc.get_objects())  # isinstance would wake lazy objects of others
+
+    assert kept <= NUM_STAGES * len(tasks) < rounds * len(tasks)
+
+
+@pytest.mark.parametrize("stage", range(NUM_STAGES))
+async def test_a_failing_run_fails_only_its_batch(metrics: Metrics, stage: int) -> None:
+    """The images of that batch get InferenceFailed with the cause; the loop goes on and the others get their answers."""
+    executor = FakeExecutor(dict.fromkeys(range(6), stage))
+    executor.scripted[stage] = cause = RuntimeError("the engine broke")
+
+    async with pipeline_on(executor, metrics, max_batch_size=2) as pipeline:
+        found = await answers(await submit(pipeline, *range(6)))
+        assert not pipeline.failed
+
+    assert len(executor.batches(stage)) == 3
+    assert executor.batches(stage)[0] == failed_numbers(found)
+    assert all(error.__cause__ is cause for error in found if isinstance(error, InferenceFailed))
+    assert count(metrics, "fovea_stage_failures_total", stage) == 1
+    assert count(metrics, "fovea_exits_total", stage) == 4
+
+
+def short_logits(numbers: list[int], stage: int, leaves_after: Mapping[int, int]) -> StageOutput:
+    whole = answer(numbers, stage, leaves_after)
+    return StageOutput(whole.logits[:-1], whole.state)
+
+
+def long_logits(numbers: list[int], stage: int, leaves_after: Mapping[int, int]) -> StageOutput:
+    whole = answer([*numbers, 0], stage, leaves_after)
+    return StageOutput(whole.logits, whole.state)
+
+
+def no_logits(numbers: list[int], stage: int, leaves_after: Mapping[int, int]) -> StageOutput:
+    return StageOutput(np.zeros((0, 64), dtype=np.float32), {})
+
+
+def short_state(numbers: list[int], stage: int, leaves_after: Mapping[int, int]) -> StageOutput:
+    whole = answer(numbers, stage, leaves_after)
+    return StageOutput(whole.logits, {name: value[:0] for name, value in whole.state.items()})
+
+
+@pytest.mark.parametrize("broken", [short_logits, long_logits, no_logits, short_state])
+async def test_a_wrong_number_of_rows_fails_the_batch_and_no_more(metrics: Metrics, broken: object) -> None:
+    """Nobody can say whose rows they are, so nobody of this batch gets one; the next batch is served."""
+    assert callable(broken)
+    leaves_after = dict.fromkeys((1, 2, 3), 1)
+    executor = FakeExecutor(leaves_after)
+    executor.scripted[0] = broken([1, 2, 3], 0, leaves_after)
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        found = await answers(await submit(pipeline, 1, 2, 3))
+        after = await answers(await submit(pipeline, 1, 2, 3))
+
+    assert failed_numbers(found) == [0, 1, 2]
+    assert failed_numbers(after) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stage", [0, NUM_STAGES - 1])
+async def test_logits_that_are_not_finite_fail_only_their_own_image(metrics: Metrics, value: float, stage: int) -> None:
+    """One image drives the network out of range: its neighbours in the batch get their answers."""
+    leaves_after = dict.fromkeys((1, 2, 3), stage)
+    executor = FakeExecutor(leaves_after)
+    executor.scripted[stage] = output = answer([1, 2, 3], stage, leaves_after)
+    output.logits[1, 40] = value
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        found = await answers(await submit(pipeline, 1, 2, 3))
+
+    assert failed_numbers(found) == [1]
+    assert [answered_number(result) for result in found if isinstance(result, PipelineResult)] == [1, 3]
+    assert count(metrics, "fovea_stage_failures_total", stage) == 1
+
+
+async def test_no_stage_starves_while_another_is_busy(metrics: Metrics) -> None:
+    """One instance and a long queue at stage 0: an image on its way through all stages waits for one run before each."""
+    backend = FakeBackend({0: 2})
+    pool = BackendPool([backend])
+
+    async with pipeline_on(pool, metrics, max_batch_size=1) as pipeline:
+        tasks = await submit(pipeline, *range(12))
+        await answers(tasks)
+    pool.close()
+
+    way = [index for index, (_, numbers) in enumerate(backend.runs) if numbers == [0]]
+    assert way == [0, 2, 4]
+
+
+async def test_with_n_instances_n_batches_run_at_once(metrics: Metrics) -> None:
+    """Any mixture of stages may fill the instances; no more than there are instances run."""
+    executor = FakeExecutor(dict.fromkeys(range(9), 2), instances=3)
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, *range(9))
+            assert executor.running == 3
+            executor.let_one_finish()
+            await settle()
+            assert executor.running == 3
+        assert failed_numbers(await answers(tasks)) == []
+
+    assert executor.most_running == 3
+
+
+async def test_a_dead_batch_loop_fails_everything_pending(metrics: Metrics) -> None:
+    """Nothing can be computed any more: `failed` says so, who waits is told, and who comes is refused."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, 1, 2, 3)
+            assert not pipeline.failed
+            executor.broken = RuntimeError("no instances any more")
+        found = await answers(tasks)
+        assert pipeline.failed
+        with pytest.raises(InferenceFailed):
+            await pipeline.submit(pixels(4))
+
+    assert failed_numbers(found) == [1, 2]  # the first was already running
+    assert executor.batches(0) == [[1]]
+
+
+async def test_a_dead_loop_of_a_later_stage_fails_images_of_every_stage(metrics: Metrics) -> None:
+    """Images wait at two stages when the loop of one dies: none is forgotten."""
+    executor = FakeExecutor({1: 1, 2: 1})
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, 1, 2)
+            executor.let_one_finish()
+            await settle()
+            executor.broken = RuntimeError("no instances any more")
+        assert failed_numbers(await answers(tasks)) == [0, 1]
+        assert pipeline.failed
+
+
+async def test_a_cancelled_run_fails_the_pipeline_instead_of_hanging(metrics: Metrics) -> None:
+    """A run that ends by cancellation, as when its threads are shut down, takes its loop with it; all are told."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        executor.scripted[0] = asyncio.CancelledError()
+        found = await answers(await submit(pipeline, 1, 2))
+        assert pipeline.failed
+
+    assert 0 in failed_numbers(found)
+
+
+async def test_close_lets_work_in_flight_finish(metrics: Metrics) -> None:
+    """Images at every stage get their answers; new ones are refused from the first moment on."""
+    executor = FakeExecutor({number: number for number in range(NUM_STAGES)})
+
+    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, *range(NUM_STAGES))
+            closing = asyncio.create_task(pipeline.close())
+            await settle()
+            assert not closing.done()
+            with pytest.raises(InferenceFailed):
+                await pipeline.submit(pixels(7))
+        found = await answers(tasks)
+        await closing
+
+    assert failed_numbers(found) == []
+    assert list(range(NUM_STAGES)) == [answered_number(result) for result in found if isinstance(result, PipelineResult)]
+    assert 7 not in executor.images(0)
+    assert not pipeline.failed  # loops that end because of close() have not died
+
+
+async def test_close_ends_every_loop(metrics: Metrics) -> None:
+    """Nothing goes on afterwards, and closing twice is no error."""
+    before = asyncio.all_tasks()
+
+    async with pipeline_on(FakeExecutor(instances=2), metrics) as pipeline:
+        await settle()
+        assert len(asyncio.all_tasks() - before) == 2 * NUM_STAGES
+        await pipeline.close()
+
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        RuntimeError("a usual error"),
+        asyncio.CancelledError(),
+        StageOutput(np.zeros((0, 64), dtype=np.float32), {}),
+        StageOutput(np.full((4, 64), np.nan, dtype=np.float32), {}),
+        StageOutput(np.zeros((4, 64), dtype=np.float32), {}),  # unsure, and no state to go on with
+        StageOutput(np.zeros((4, 64), dtype=np.float32), {"unknown": np.zeros((4, 1))}),  # which no stage takes
+    ],
+    ids=["raises", "cancelled", "no rows", "NaN", "no state", "unknown state"],
+)
+@pytest.mark.parametrize("stage", range(NUM_STAGES))
+async def test_no_future_is_left_unresolved(metrics: Metrics, output: StageOutput | BaseException, stage: int) -> None:
+    """However a run ends, at whatever stage, each image of the batch gets an answer or an error: nobody waits for ever."""
+    executor = FakeExecutor(dict.fromkeys(range(4), NUM_STAGES))
+    executor.scripted[stage] = output
+
+    async with pipeline_on(executor, metrics, max_batch_size=4) as pipeline:
+        tasks = await submit(pipeline, *range(4))
+        assert all(task.done() for task in tasks)
+        found = await answers(tasks)
+
+    last_stage_took_it = stage == NUM_STAGES - 1 and isinstance(output, StageOutput) and np.isfinite(output.logits).all()
+    answered = last_stage_took_it and len(output.logits) == 4  # type: ignore[union-attr]
+    assert ([] if answered else [0, 1, 2, 3]) == failed_numbers(found)
+
+
+async def test_the_queue_delay_holds_for_every_stage(metrics: Metrics) -> None:
+    """A survivor too waits for company, counted from when it joined that stage's queue."""
+    executor = FakeExecutor({1: 1}, run_s=0.010)
+
+    async with pipeline_on(executor, metrics, max_queue_delay_s=0.005) as pipeline:
+        result = await pipeline.submit(pixels(1))
+
+    assert result.queue_s == pytest.approx([0.005, 0.005])
+    assert executor.began_at == pytest.approx([0.005, 0.020])
