@@ -27,6 +27,8 @@ from models.manifest import PIXELS
 
 log = get_logger(__name__)
 
+MIN_AUTO_IN_FLIGHT = 256  # images
+
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
@@ -48,7 +50,6 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
         instances=settings.runtime.instances,
         intra_op_threads=settings.runtime.intra_op_threads,
     )
-    _check_capacity(settings, profile)
     store = ModelStore(settings.repository.root)
 
     async def load(name: str, version: int | None) -> tuple[int, LoadedModel]:
@@ -58,7 +59,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
 
     registry = ModelRegistry(load, settings.repository.default_model)
     admission = Admission(
-        max_images=settings.limits.max_in_flight, max_bytes=settings.limits.max_in_flight_bytes, metrics=metrics
+        max_images=_max_in_flight(settings, profile), max_bytes=settings.limits.max_in_flight_bytes, metrics=metrics
     )
     service = InferenceService(
         registry,
@@ -82,13 +83,18 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
     return service
 
 
-def _check_capacity(settings: Settings, profile: TargetProfile) -> None:
-    wanted = settings.batching.max_batch_size * profile.instances
-    if settings.limits.max_in_flight < wanted:
+def _max_in_flight(settings: Settings, profile: TargetProfile) -> int:
+    """The setting, or enough for every instance to work on full batches while others are decoded and wait."""
+    in_batches = settings.batching.max_batch_size * profile.instances
+    chosen = settings.limits.max_in_flight
+    if not chosen:
+        return max(MIN_AUTO_IN_FLIGHT, 4 * in_batches, settings.http.max_images_per_request)
+    if chosen < in_batches:
         raise StartupError(
-            f"limits.max_in_flight ({settings.limits.max_in_flight}) is below batching.max_batch_size x instances ({wanted}), "
+            f"limits.max_in_flight ({chosen}) is below batching.max_batch_size x instances ({in_batches}), "
             "so batches could never be full: raise the one or lower the other"
         )
+    return chosen
 
 
 def _open_model(store: ModelStore, name: str, version: int | None, settings: Settings, profile: TargetProfile) -> _Opened:
@@ -99,10 +105,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
     batch_size = settings.batching.max_batch_size
     candidates: dict[str, OrtBackend] = {}
     for variant in _allowed_variants(stored, settings.runtime.variant, profile):
-        backend = OrtBackend(stored.directory, manifest, variant, profile)
-        verify_golden(backend, stored.directory, manifest, variant)
-        backend.warm_up(sorted({1, batch_size}))
-        candidates[variant] = backend
+        candidates[variant] = _open_backend(stored, variant, profile, batch_size)
     choice = choose_variant(candidates, manifest.stages, batch_size=batch_size, instances=profile.instances)
     if settings.runtime.variant != "auto":
         choice = VariantChoice(choice.name, f"{choice.name} was asked for by FOVEA_RUNTIME__VARIANT", {})
@@ -113,7 +116,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
     # lie in memory once. With more, each needs a thread pool of its own.
     shared = profile.intra_op_threads == 1
     others = [
-        chosen if shared else OrtBackend(stored.directory, manifest, choice.name, profile) for _ in range(profile.instances - 1)
+        chosen if shared else _open_backend(stored, choice.name, profile, batch_size) for _ in range(profile.instances - 1)
     ]
     log.info(
         "model loaded",
@@ -127,6 +130,13 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
         seconds=round(time.perf_counter() - started, 2),
     )
     return _Opened(stored, choice, (chosen, *others))
+
+
+def _open_backend(stored: StoredModel, variant: str, profile: TargetProfile, batch_size: int) -> OrtBackend:
+    backend = OrtBackend(stored.directory, stored.manifest, variant, profile)
+    verify_golden(backend, stored.directory, stored.manifest, variant)
+    backend.warm_up(sorted({1, batch_size}))
+    return backend
 
 
 def _allowed_variants(stored: StoredModel, wanted: str, profile: TargetProfile) -> list[str]:
@@ -166,9 +176,10 @@ def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, me
     return LoadedModel(
         manifest=manifest,
         labels=opened.stored.labels,
-        target=profile.target,
+        profile=profile,
         variant=choice.name,
         variant_reason=choice.reason,
         pipeline=pipeline,
         pool=pool,
+        metrics=metrics,
     )

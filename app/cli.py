@@ -46,7 +46,9 @@ def main() -> None:
         err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except (ValidationError, SettingsError) as error:
-        text = describe_validation(error.errors()) if isinstance(error, ValidationError) else str(error)
+        text = f"{error}: a list, or a section as a whole, is written as JSON"
+        if isinstance(error, ValidationError):
+            text = describe_validation(error.errors())
         err.print(f"[red]settings:[/] {escape(text)}", soft_wrap=True, highlight=False)
         sys.exit(1)
 
@@ -133,7 +135,9 @@ def check(repository: Repository = None) -> None:
 
     for model in asyncio.run(load()):
         name = f"{model.manifest.name} version {model.manifest.version}"
-        out.print(f"[green]ok[/] {name} on {model.target}: {escape(model.variant_reason)}", soft_wrap=True, highlight=False)
+        out.print(
+            f"[green]ok[/] {name} on {model.profile.target}: {escape(model.variant_reason)}", soft_wrap=True, highlight=False
+        )
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -178,7 +182,7 @@ async def _predict(settings: Settings, paths: list[Path], model: str | None, top
     try:
         loaded = service.registry.get(model)
         # Enough to fill batches, few enough to show progress and to be admitted.
-        workers = min(2 * settings.batching.max_batch_size, settings.limits.max_in_flight)
+        workers = min(2 * settings.batching.max_batch_size, service.admission.max_images)
         answers: list[Prediction | ServiceError | None] = [None] * len(paths)
         queue = iter(enumerate(paths))
         with Progress(console=err, transient=True, disable=len(paths) < 2) as progress:

@@ -51,6 +51,7 @@ def configure(level: str, form: Literal["auto", "console", "json"]) -> None:
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))  # its start-up lines say what ours say
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken body, which the answer tells
 
 
 def _add_request_id(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:

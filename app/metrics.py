@@ -21,7 +21,7 @@ from prometheus_client import (
 # Geometric, a factor of 2 from 0.5 ms to 16 s: a quantile read off them is at most a factor of 2 wide.
 DURATION_BUCKETS = tuple(0.0005 * 2**step for step in range(16))
 SIZE_BUCKETS = tuple(float(2**step) for step in range(9))  # 1 .. 256 images
-OUTCOMES = ("ok", "client_error", "overloaded", "timeout", "failed")
+OUTCOMES = ("ok", "client_error", "overloaded", "timeout", "failed")  # every value that the label `outcome` takes
 PHASES = ("decode", "queue", "compute")
 
 
@@ -41,7 +41,7 @@ class Metrics:
         )
         self.request_duration = Histogram(
             "fovea_request_duration_seconds",
-            "Time from the first byte of a request's body to its answer.",
+            "Time from the arrival of a request's head to its answer, the upload of its body included.",
             ["model"],
             buckets=DURATION_BUCKETS,
             registry=registry,

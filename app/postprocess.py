@@ -26,4 +26,5 @@ def top_k(probabilities: FloatArray, labels: Sequence[str], k: int) -> tuple[Lab
         k: 1 .. C.
     """
     order = np.argsort(-probabilities, kind="stable")[:k]
-    return tuple(LabelScore(labels[index], int(index), float(probabilities[index])) for index in order)
+    pairs = zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    return tuple([LabelScore(labels[index], index, probability) for index, probability in pairs])

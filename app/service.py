@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from app.errors import (
     DeadlineExceeded,
@@ -17,28 +17,49 @@ from app.errors import (
     RequestError,
     ServiceError,
 )
-from app.imaging.preprocess import load_pixels
-from app.metrics import Metrics
+from app.imaging.preprocess import Pixels, load_pixels
+from app.log import get_logger
+from app.metrics import PHASES, Metrics
 from app.postprocess import top_k as top_k_labels
 from app.repository.registry import ModelRegistry
 from app.runtime.pool import BackendPool
+from app.runtime.targets import TargetProfile
 from app.scheduling.admission import Admission, Permit
 from app.scheduling.pipeline import StagedPipeline
-from app.types import Array, Prediction, Timings
-from models.manifest import HardwareTarget, ModelManifest, PreprocessSpec
+from app.threads import Workers
+from app.types import EncodedImage, Prediction, Timings
+from models.manifest import ModelManifest, PreprocessSpec
+
+log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoadedModel:
     """One version, ready to serve."""
 
     manifest: ModelManifest
     labels: tuple[str, ...]
-    target: HardwareTarget
+    profile: TargetProfile
     variant: str
     variant_reason: str
     pipeline: StagedPipeline
     pool: BackendPool
+    metrics: Metrics
+
+    @cached_property
+    def observe(self) -> Callable[[Timings], None]:
+        """Count an answered image and where its time went; the metrics are looked up once, not for every image."""
+        name = self.manifest.name
+        answered = self.metrics.images.labels(name, "ok")
+        decode, queue, compute = (self.metrics.phase_duration.labels(name, phase) for phase in PHASES)
+
+        def observe(timings: Timings) -> None:
+            answered.inc()
+            decode.observe(timings.decode_s)
+            queue.observe(sum(timings.queue_s))
+            compute.observe(sum(timings.compute_s))
+
+        return observe
 
     @property
     def failed(self) -> bool:
@@ -47,7 +68,7 @@ class LoadedModel:
     async def close(self) -> None:
         """Let work in flight finish, then end the threads."""
         await self.pipeline.close()
-        self.pool.close()
+        await asyncio.to_thread(self.pool.close)  # waits for a run whose callers have gone
 
 
 class InferenceService:
@@ -71,7 +92,7 @@ class InferenceService:
         self.admission = admission
         self._metrics = metrics
         self._max_pixels = max_pixels
-        self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._decoders = Workers(decode_threads, "decode")
         self._draining = False
         metrics.ready.set_function(lambda: float(self.ready))  # so that it also tells of a model that failed
 
@@ -86,11 +107,12 @@ class InferenceService:
 
     async def classify(
         self,
-        images: Sequence[bytes],
+        images: Sequence[EncodedImage],
         permit: Permit,
         *,
         model: LoadedModel,
         top_k: int = 5,
+        started: float | None = None,
     ) -> list[Prediction | ServiceError]:
         """Classify images; a bad one has its error in its place and costs the others nothing.
 
@@ -99,52 +121,55 @@ class InferenceService:
             permit: takes one image each, all or none.
             model: from `registry.get`.
             top_k: classes per answer, 1 .. number of classes.
+            started: when the request began, by `time.perf_counter`, for the answer's total; unset: now.
 
         Raises:
             InvalidRequest: `top_k` is out of range.
             Overloaded: there is no room for so many images.
         """
-        num_classes = model.manifest.num_classes
+        num_classes = len(model.labels)
         if not 1 <= top_k <= num_classes:
             raise InvalidRequest(
                 f"top_k must be between 1 and {num_classes}, the number of classes of {model.manifest.name}; it is {top_k}"
             )
         permit.take_images(len(images))
+        started = time.perf_counter() if started is None else started
         if len(images) == 1:
-            return [await self._classify_one(images[0], model, top_k)]
-        return await asyncio.gather(*(self._classify_one(image, model, top_k) for image in images))
+            return [await self._classify_one(images[0], model, top_k, started)]
+        return await asyncio.gather(*(self._classify_one(image, model, top_k, started) for image in images))
 
     async def close(self) -> None:
         """Refuse new requests, let those in flight finish, free everything."""
         self.drain()
         self.admission.close()
+        await self.admission.wait_idle()
         await self.registry.close()
-        self._decoders.shutdown(wait=True)
+        await asyncio.to_thread(self._decoders.close)
 
-    async def _classify_one(self, data: bytes, model: LoadedModel, top_k: int) -> Prediction | ServiceError:
-        started = time.perf_counter()
+    async def _classify_one(
+        self, image: EncodedImage, model: LoadedModel, top_k: int, started: float
+    ) -> Prediction | ServiceError:
+        begun = time.perf_counter()
         name = model.manifest.name
         try:
-            pixels = await asyncio.get_running_loop().run_in_executor(
-                self._decoders, self._load, data, model.manifest.preprocess
-            )
+            pixels = await self._decoders.run(_load, image, model.manifest.preprocess, self._max_pixels)
             decoded = time.perf_counter()
             result = await model.pipeline.submit(pixels)
         except (RequestError, InferenceFailed) as error:
             self._metrics.images.labels(name, outcome_of(error)).inc()
             return error
-        timings = Timings(decoded - started, result.queue_s, result.compute_s, time.perf_counter() - started)
-        self._observe(name, timings)
+        except Exception:  # a defect of ours, met by one image: the others of the request have their answers
+            log.exception("unexpected error", model=name)
+            self._metrics.images.labels(name, "failed").inc()
+            return InferenceFailed("the image could not be worked on; the service's log has the cause")
+        timings = Timings(decoded - begun, result.queue_s, result.compute_s, time.perf_counter() - started)
+        model.observe(timings)
         return Prediction(top_k_labels(result.probabilities, model.labels, top_k), result.exit, timings)
 
-    def _load(self, data: bytes, spec: PreprocessSpec) -> Array:
-        return load_pixels(data, spec, max_pixels=self._max_pixels)
 
-    def _observe(self, name: str, timings: Timings) -> None:
-        self._metrics.images.labels(name, "ok").inc()
-        self._metrics.phase_duration.labels(name, "decode").observe(timings.decode_s)
-        self._metrics.phase_duration.labels(name, "queue").observe(sum(timings.queue_s))
-        self._metrics.phase_duration.labels(name, "compute").observe(sum(timings.compute_s))
+def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int) -> Pixels:
+    data = image if isinstance(image, bytes) else image()
+    return load_pixels(data, spec, max_pixels=max_pixels)
 
 
 def outcome_of(error: ServiceError | None) -> str:

@@ -5,6 +5,8 @@ Built once, in the command line or by `create_app`, and passed on; nothing impor
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -33,7 +35,11 @@ class HttpSettings(_Section):
 
 
 class LimitSettings(_Section):
-    max_in_flight: PositiveInt = Field(256, description="Images admitted at once; one more is refused with 503.")
+    max_in_flight: int = Field(
+        0,
+        ge=0,
+        description="Images admitted at once; one more is refused with 503. 0: 256, or four full batches per instance if more.",
+    )
     max_in_flight_bytes: PositiveInt = Field(256 * 2**20, description="Request bytes held at once; more is refused with 503.")
     max_pixels: PositiveInt = Field(50_000_000, description="Largest image, width times height, told from the header.")
     decode_threads: int = Field(0, ge=0, description="Threads that decode images; 0: one per CPU of the quota.")
@@ -62,7 +68,20 @@ class RepositorySettings(_Section):
 class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is written.")
     format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal, else JSON lines.")
-    access: bool = Field(False, description="Write a line for every request, not only for failed ones.")
+    access: bool = Field(False, description="Write a line for every request, not only for failed ones (500, 504).")
+
+
+def unknown_variables(environ: Iterable[str]) -> list[str]:
+    """Names that look like a nested setting but are none: a limit that was mistyped would otherwise not be set."""
+    known = {
+        f"FOVEA_{section}__{name}".upper()
+        for section, field in Settings.model_fields.items()
+        for name in (field.annotation.model_fields if isinstance(field.annotation, type) else ())
+    }
+    sections = {f"FOVEA_{section}".upper() for section in Settings.model_fields}
+    return sorted(
+        name for name in environ if name.upper().startswith("FOVEA_") and "__" in name and name.upper() not in known | sections
+    )
 
 
 class Settings(BaseSettings):
@@ -76,14 +95,15 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
-    def _can_fill_its_batches(self) -> Self:
-        wanted = self.batching.max_batch_size * max(1, self.runtime.instances)
-        if self.limits.max_in_flight < wanted:
-            raise ValueError(
-                f"limits.max_in_flight ({self.limits.max_in_flight}) is below batching.max_batch_size x runtime.instances "
-                f"({wanted}), so batches could never be full: raise the one or lower the other"
-            )
-        if self.limits.max_in_flight < self.http.max_images_per_request:
+    def _knows_every_variable(self) -> Self:
+        unknown = unknown_variables(os.environ)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: there is no such setting; docs/settings.md lists those there are")
+        return self
+
+    @model_validator(mode="after")
+    def _can_admit_what_it_accepts(self) -> Self:
+        if 0 < self.limits.max_in_flight < self.http.max_images_per_request:
             raise ValueError(
                 f"limits.max_in_flight ({self.limits.max_in_flight}) is below http.max_images_per_request "
                 f"({self.http.max_images_per_request}), so the largest request could never be admitted"

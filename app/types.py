@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
+EncodedImage = bytes | Callable[[], bytes]  # or what makes them, which is called on a decode thread and may raise RequestError
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +56,11 @@ def export(
         data=data,
         training=training,
         licence=licence,
-        command=_shown_command(),
+        command=shlex.join(
+            ["python", "-m", "exporters", "export", "--model", model, "--version", str(version), "--max-drop", f"{max_drop:g}"]
+            + ["--weights", weights.name, "--calibration", calibration.name, "--test", test.name]  # no folders of this machine
+            + ([] if int8 else ["--no-int8"])
+        ),
     )
     try:
         with console.status("exporting"):
@@ -66,11 +69,3 @@ def export(
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(f"published {directory}", soft_wrap=True)
-
-
-def _shown_command() -> str:
-    """The command as typed, with the names of files but not the folders they lie in."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    long_texts = {"--data", "--training"}
-    kept = [word for index, word in enumerate(words) if word not in long_texts and words[index - 1] not in long_texts]
-    return "python -m exporters " + shlex.join(kept)

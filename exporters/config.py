@@ -15,6 +15,14 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """What INT8 may cost, at the last exit, on the fitting images; beyond it nothing is published."""
+
+    min_agreement: float = 0.95  # share of images with the same class as in fp32
+    max_accuracy_drop: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
 class ExitConfig:
     """How exits are fitted."""
 
@@ -34,8 +42,9 @@ class ExportConfig:
     version: int
     int8: bool = True
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
-    licence: str = "Apache-2.0"
+    licence: str = "not stated"
     data: str = ""  # one sentence on the training data, for the model card
     training: str = ""  # one sentence on the training, for the model card
     command: str = ""  # that made it

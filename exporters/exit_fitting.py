@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.exits import SCORES
+from app.exits import SCORES, ExitPolicy
 from app.postprocess import softmax
 from app.types import Array, FloatArray
 from exporters.config import ExitConfig
@@ -41,10 +41,9 @@ def route(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> Routing:
     """Send images through exits; `logits` (N, C) of every exit, for all images."""
     count = len(logits[0])
     exit_stage = np.full(count, len(exits) - 1)
+    policy = ExitPolicy(exits)  # the very decision that serves
     for stage in reversed(range(len(exits) - 1)):
-        spec = exits[stage]
-        score = SCORES[spec.score](softmax(logits[stage], spec.temperature))
-        exit_stage[score >= np.float32(spec.threshold if spec.threshold is not None else NEVER)] = stage
+        exit_stage[policy.decide(stage, logits[stage])[0]] = stage
     predicted = np.stack([stage_logits.argmax(axis=1) for stage_logits in logits])[exit_stage, np.arange(count)]
     return Routing(exit_stage, predicted)
 

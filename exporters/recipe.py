@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
 from app.runtime.golden import golden_key
 from app.runtime.ort_backend import OrtBackend
@@ -22,12 +23,12 @@ from app.types import Array, FloatArray
 from exporters.calibration import collect_ranges
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
-from exporters.exit_fitting import fit_exits
+from exporters.exit_fitting import NEVER, fit_exits
 from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
 from exporters.publishing import build_directory, checksums, publish
 from exporters.staging import stage_specs
-from exporters.validation import validate
+from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_graph import ActivationRange, stage_graph
 from models.manifest import LOGITS, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
 from models.multi_exit import MultiExitViT, Stage
@@ -62,6 +63,11 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
     Raises:
         AlreadyPublished, ImageSetError, WeightsError, ValidationError: nothing is published then.
     """
+    if config.int8 and not has_exact_int8():
+        raise ValidationError(
+            "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
+            "export on one with VNNI, or without INT8 (--no-int8)"
+        )
     entry = ZOO[config.model]
     with build_directory(config.repository, config.model, config.version) as build:
         progress("loading weights")
@@ -71,7 +77,7 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         progress("reading images")
         fitting = read_images(config.calibration_images, entry.labels, entry.preprocess)
         test = read_images(config.test_images, entry.labels, entry.preprocess)
-        variants = [FP32, INT8] if config.int8 and has_exact_int8() else [FP32]
+        variants = [FP32, INT8] if config.int8 else [FP32]
 
         progress("writing fp32 stages")
         write_stages(build / FP32, _graphs(model, entry.preprocess))
@@ -93,10 +99,13 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
 
         progress("fitting exits and evaluating")
         costs = [stage.gmacs for stage in draft.stages]
+        fitting_logits = {name: logits_per_exit(backend, len(costs), fitting.pixels) for name, backend in backends.items()}
+        if INT8 in variants:
+            validate_quantized(fitting_logits[FP32][-1], fitting_logits[INT8][-1], fitting.labels, config.quantization)
         fitted = {
             name: _Fitted(
                 backend,
-                fit_exits(logits_per_exit(backend, len(costs), fitting.pixels), fitting.labels, costs, config.exits),
+                fit_exits(fitting_logits[name], fitting.labels, costs, config.exits),
                 logits_per_exit(backend, len(costs), test.pixels),
             )
             for name, backend in backends.items()
@@ -117,18 +126,16 @@ def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
         onnx.save(stage, directory / f"stage_{index}.onnx")
 
 
-def golden_images(preprocess: PreprocessSpec) -> Array:
+def golden_images(spec: PreprocessSpec) -> Array:
     """Seeded smooth noise of full contrast: nobody's photographs, yet it drives the whole range of the network."""
     generator = np.random.default_rng(0)
-    height, width = preprocess.crop
+    height, width = spec.crop
     coarse = generator.integers(0, 256, (GOLDEN_IMAGES, -(-height // 8), -(-width // 8), 3))
     smooth = np.kron(coarse, np.ones((1, 8, 8, 1)))[:, :height, :width]
-    pixels = np.clip(smooth + generator.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
-    if preprocess.layout == "uint8_nhwc":
-        return pixels
-    scaled = (pixels * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
-    chw: Array = scaled.transpose(0, 3, 1, 2).astype(np.float32)
-    return chw
+    images = np.clip(smooth + generator.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    # Already of the right size, so this only brings them into the layout; it wants the size before the crop.
+    uncropped = spec.model_copy(update={"resize": min(spec.crop)})
+    return np.stack([preprocess(image, uncropped) for image in images])
 
 
 def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], manifest: ModelManifest) -> None:
@@ -203,7 +210,7 @@ def _manifest(
 def _no_exits(model: MultiExitViT) -> tuple[ExitSpec, ...]:
     last = len(model.stages) - 1
     return tuple(
-        ExitSpec(score="max_softmax", temperature=1.0, threshold=None if index == last else 1.01) for index in range(last + 1)
+        ExitSpec(score="max_softmax", temperature=1.0, threshold=None if index == last else NEVER) for index in range(last + 1)
     )
 
 

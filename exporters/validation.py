@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from app.runtime.backend import Backend
-from app.types import Array
+from app.types import Array, FloatArray
+from exporters.config import QuantizationConfig
 from models.manifest import LOGITS, PIXELS, PreprocessSpec, StageSpec
 from models.multi_exit import MultiExitViT
 
@@ -23,6 +24,10 @@ class ShapeMismatch(ValidationError):
 
 class ValueMismatch(ValidationError):
     """An output differs from PyTorch's by more than the tolerance."""
+
+
+class AccuracyLoss(ValidationError):
+    """Quantization costs more than it may."""
 
 
 def validate(
@@ -61,6 +66,27 @@ def validate(
             worst = max(worst, difference)
             inputs = dict(output.state)
     return worst
+
+
+def validate_quantized(reference: FloatArray, quantized: FloatArray, labels: Array, config: QuantizationConfig) -> None:
+    """Hold a quantized variant to what it may cost.
+
+    Args:
+        reference, quantized: logits (N, C) of the last exit.
+        labels: int64 (N,).
+
+    Raises:
+        AccuracyLoss: with the numbers.
+    """
+    before, after = reference.argmax(axis=1), quantized.argmax(axis=1)
+    agreement = float((before == after).mean())
+    drop = float((before == labels).mean() - (after == labels).mean())
+    if agreement < config.min_agreement or drop > config.max_accuracy_drop:
+        raise AccuracyLoss(
+            f"int8 agrees with fp32 on {100 * agreement:.1f} % of {len(labels)} images (at least "
+            f"{100 * config.min_agreement:.1f} % is asked for) and loses {100 * drop:.2f} points of accuracy (at most "
+            f"{100 * config.max_accuracy_drop:.2f}): publish without int8 (--no-int8), or find the layer that hurts"
+        )
 
 
 def normalised(pixels: Array, preprocess: PreprocessSpec) -> torch.Tensor:

@@ -80,7 +80,7 @@ class PreprocessSpec(_Frozen):
 
 
 class StageSpec(_Frozen):
-    """One ONNX file's interface. An input is `pixels` or an output of the stage before."""
+    """One ONNX file's interface. The first stage takes `pixels`, a later one exactly the state of the stage before."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -95,7 +95,14 @@ class StageSpec(_Frozen):
         names = [tensor.name for tensor in self.outputs]
         if LOGITS not in names or len(set(names)) != len(names):
             raise ValueError(f"a stage needs one output called {LOGITS!r} and no name twice, not {names}")
+        if self.logits.dtype != "float32" or len(self.logits.shape) != 2:
+            raise ValueError(f"{LOGITS} must be float32 of the shape (B, classes), not {self.logits}")
         return self
+
+    @property
+    def state(self) -> frozenset[TensorSpec]:
+        """What it hands to the next stage: its outputs but the logits."""
+        return frozenset(tensor for tensor in self.outputs if tensor.name != LOGITS)
 
 
 class ExitSpec(_Frozen):
@@ -155,10 +162,13 @@ class ModelManifest(_Frozen):
         if len({stage.logits.shape for stage in self.stages}) != 1:
             raise ValueError("all stages must give logits of the same shape")
         for index, (before, stage) in enumerate(zip(self.stages[:-1], self.stages[1:], strict=True), start=1):
-            offered = (self.preprocess.pixels(), *before.outputs)
-            missing = [tensor.name for tensor in stage.inputs if tensor not in offered]
-            if missing:
-                raise ValueError(f"stage {index} takes {missing}, which stage {index - 1} does not give in that form")
+            if not stage.inputs or frozenset(stage.inputs) != before.state:
+                raise ValueError(
+                    f"stage {index} takes {sorted(map(str, stage.inputs))}, "
+                    f"but stage {index - 1} hands over {sorted(map(str, before.state))}"
+                )
+        if self.stages[-1].state:
+            raise ValueError("the last stage hands its state to nobody: it must give logits only")
         return self
 
     @model_validator(mode="after")

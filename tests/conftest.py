@@ -42,7 +42,8 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with version 1 of `test_vit`, exported by the real recipe from seeded random weights."""
     from safetensors.torch import save_file
 
-    from exporters.config import ExportConfig
+    from app.runtime.cpu import has_exact_int8
+    from exporters.config import ExportConfig, QuantizationConfig
     from exporters.recipe import run
     from models.zoo import ZOO, create_model
 
@@ -63,6 +64,8 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         test_images=folder / "test",
         repository=folder / "repository",
         version=1,
+        int8=has_exact_int8(),
+        quantization=QuantizationConfig(min_agreement=0, max_accuracy_drop=1),  # nothing can be asked of random weights
     )
     run(config)
     return config.repository

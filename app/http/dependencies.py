@@ -1,4 +1,4 @@
-"""What routes are given: the service, the settings, the metrics."""
+"""What routes are given: the service, the metrics."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from fastapi import Depends, Request
 
 from app.metrics import Metrics
 from app.service import InferenceService
-from app.settings import Settings
 
 
 async def get_service(request: Request) -> InferenceService:
     """The open service of this application."""
     service: InferenceService = request.app.state.service
     return service
-
-
-async def get_settings(request: Request) -> Settings:
-    """The settings this application was built with."""
-    settings: Settings = request.app.state.settings
-    return settings
 
 
 async def get_metrics(request: Request) -> Metrics:
@@ -30,5 +23,4 @@ async def get_metrics(request: Request) -> Metrics:
 
 
 ServiceDep = Annotated[InferenceService, Depends(get_service)]
-SettingsDep = Annotated[Settings, Depends(get_settings)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from app.errors import InvalidRequest, Overloaded, ServiceError
+from app.http.schemas import Problem
 from app.log import get_logger, request_id
 
 log = get_logger(__name__)
@@ -61,6 +62,12 @@ def service_problem(error: ServiceError) -> Response:
     """The problem of a ServiceError; Overloaded carries its measured Retry-After, in whole seconds."""
     headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Overloaded) else None
     return problem(error.code, str(error), headers=headers)
+
+
+def problem_responses(descriptions: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of errors with these statuses. FastAPI's own `model` would say application/json."""
+    content = {PROBLEM_JSON: {"schema": Problem.model_json_schema()}}
+    return {status: {"description": text, "content": content} for status, text in descriptions.items()}
 
 
 def install_error_handlers(app: FastAPI) -> None:

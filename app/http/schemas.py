@@ -54,7 +54,7 @@ class TimingsBody(BaseModel):
     decode: float = Field(description="Decoding and preprocessing, with the wait for a thread.")
     queue: float = Field(description="All waits for a batch.")
     compute: float = Field(description="All runs.")
-    total: float = Field(description="From the body's arrival to the answer.")
+    total: float = Field(description="From the arrival of the request's head to the answer, the upload of the body included.")
     stages: list[StageTimingsBody] = Field(description="One for each stage the image went through.")
 
 
@@ -90,6 +90,8 @@ class ModelBody(BaseModel):
     default: bool = Field(description="Used when a request names no model and no version.")
     ready: bool
     target: str = Field(description="Hardware target it runs on.")
+    instances: int = Field(description="Batches that run at once, a thread each.")
+    intra_op_threads: int = Field(description="ONNX Runtime threads of one instance.")
     variant: str = Field(description="Precision it runs at.")
     variant_reason: str = Field(description="Why this variant.")
     stages: int

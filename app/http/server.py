@@ -8,11 +8,14 @@ sends any more, uvicorn stops as usual, which lets requests in flight finish.
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +26,9 @@ from app.log import get_logger
 from app.settings import Settings
 
 log = get_logger(__name__)
+
+FIRST_REQUEST_GRACE_S = 1.0  # at the very end: how long a connection that is open already may take to say something
+GC_THRESHOLD = 20_000  # more container objects made than freed before the collector looks; Python's default is 700
 
 
 def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
@@ -40,6 +46,7 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
         app,
         log_config=None,
         access_log=False,
+        proxy_headers=False,  # nothing here looks at the client's address
         timeout_graceful_shutdown=http.shutdown_timeout_s,
         server_header=False,
         lifespan="off",  # ours, in `_DrainingServer.serve`
@@ -59,6 +66,7 @@ class _DrainingServer(uvicorn.Server):
         self._drain_delay_s = drain_delay_s
         self._on_ready = on_ready
         self._drain_task: asyncio.Task[None] | None = None
+        self._late: list[asyncio.Task[Any]] = []  # connections taken at the very end
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,10 +79,16 @@ class _DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            self._on_ready()
+            # What is loaded now lives as long as the process: the collector need not look at it again, and what a
+            # request makes is freed by counting, so there is little for it to find.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(GC_THRESHOLD)
+            if not self.should_exit:  # a signal came while it loaded
+                self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # A second signal, or one before the service stood, stops at once.
+        # A second signal ends the drain; one before the service stands ends it as soon as it does.
         if self._drain_task is not None or not self.started or self._loop is None:
             super().handle_exit(sig, frame)
             return
@@ -90,6 +104,38 @@ class _DrainingServer(uvicorn.Server):
         drain(self._app)
         await asyncio.sleep(self._drain_delay_s)
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Closing the listener resets whoever waits in its queue, and uvicorn closes whoever has not asked anything yet:
+        # their requests may be on their way.
+        for listener in sockets or []:
+            self._accept_all(listener)
+        for server in self.servers:
+            server.close()
+        ends_at = time.monotonic() + FIRST_REQUEST_GRACE_S
+        while self._num_silent() and time.monotonic() < ends_at:  # noqa: ASYNC110 - uvicorn's connections tell nobody
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:  # nobody waits any more, or nobody more can be taken
+                return
+            connection.setblocking(False)
+            self._late.append(loop.create_task(loop.connect_accepted_socket(self._protocol, connection)))
+
+    def _protocol(self) -> asyncio.Protocol:
+        make = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
+
+    def _num_silent(self) -> int:
+        """Connections that no whole request head has come on yet."""
+        waiting = sum(not task.done() for task in self._late)
+        return waiting + sum(getattr(connection, "cycle", self) is None for connection in self.server_state.connections)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

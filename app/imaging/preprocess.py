@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.Image import Resampling
 
+from app.imaging.budget import DecodeBudget
 from app.imaging.decode import Picture, open_picture
 from models.manifest import PreprocessSpec
 
@@ -40,16 +41,22 @@ def preprocess(image: NDArray[np.uint8], spec: PreprocessSpec) -> Pixels:
     return _normalise(_resize_and_crop(Picture(picture, picture.size), spec), spec)
 
 
-def load_pixels(data: bytes, spec: PreprocessSpec, *, max_pixels: int) -> Pixels:
+def load_pixels(data: bytes, spec: PreprocessSpec, *, max_pixels: int, budget: DecodeBudget | None = None) -> Pixels:
     """`preprocess` of `decode_image`, in one hop and with a JPEG decoded no larger than needed (docs/adr/0008).
 
+    Args:
+        data, max_pixels: as `decode_image`.
+        spec: as `preprocess`.
+        budget: what it may hold of memory, shared with other threads; waits for room in it (docs/adr/0011).
+
     Raises:
-        RequestError: as `decode_image`.
+        RequestError, InferenceFailed: as `decode_image`; ImageTooLarge also where it needs more than the whole budget.
     """
     # The nearest pixel of a reduced image is an average: it would no longer be the nearest pixel.
     min_side = None if spec.interpolation == "nearest" else spec.resize
-    picture = open_picture(data, max_pixels=max_pixels, min_side=min_side)
-    return _normalise(_resize_and_crop(picture, spec), spec)
+    with open_picture(data, max_pixels=max_pixels, min_side=min_side, budget=budget) as picture:
+        cropped = _resize_and_crop(picture, spec)
+    return _normalise(cropped, spec)
 
 
 def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8]:
@@ -59,20 +66,22 @@ def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8
     new_width, new_height = spec.resize * width // short, spec.resize * height // short
     crop_height, crop_width = spec.crop
     left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
-    image = picture.image
-    if (new_width, new_height) == image.size:
-        image = image.crop((left, top, left + crop_width, top + crop_height))
+    if (new_width, new_height) == picture.size:
+        cut = picture.image.crop(picture.stored_box(left, top, left + crop_width, top + crop_height))
     else:
-        pixel_width, pixel_height = width / new_width / picture.scale, height / new_height / picture.scale
-        x, y = picture.origin[0] + left * pixel_width, picture.origin[1] + top * pixel_height
-        box = (
-            x,
-            y,
-            min(x + crop_width * pixel_width, image.width),  # rounding may lead past the edge, which Pillow refuses
-            min(y + crop_height * pixel_height, image.height),
+        pixel_width, pixel_height = width / new_width, height / new_height
+        x0, y0, x1, y1 = picture.stored_box(
+            left * pixel_width,
+            top * pixel_height,
+            (left + crop_width) * pixel_width,
+            (top + crop_height) * pixel_height,
         )
+        # Rounding may lead past the edge, which Pillow refuses.
+        box = max(x0, 0.0), max(y0, 0.0), min(x1, picture.image.width), min(y1, picture.image.height)
+        size = (crop_height, crop_width) if picture.turn is not None and picture.turn.swaps else (crop_width, crop_height)
         gap = REDUCING_GAP if picture.scale == 1 else None  # one approximation at a time: the decoder reduced it already
-        image = image.resize((crop_width, crop_height), _FILTERS[spec.interpolation], box, gap)
+        cut = picture.image.resize(size, _FILTERS[spec.interpolation], box, gap)
+    image = picture.upright(cut)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 

@@ -1,4 +1,4 @@
-"""What a backend is to the pool: synchronous, one caller at a time."""
+"""What a backend is to the pool: synchronous; `run` may be called from several threads at once (docs/adr/0003)."""
 
 from __future__ import annotations
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import os
 import platform
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 # x86: VNNI multiplies u8 by s8 and adds in 32 bits in one step. Arm: the dot-product extension does.
 EXACT_INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 
 
-def num_cpus(cgroup_root: Path = CGROUP_ROOT) -> int:
+def num_cpus(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> int:
     """CPUs this process may keep busy: its affinity, capped by the cgroup quota rounded up; at least 1.
 
     A container's quota is not what `os.cpu_count` says: that is the host's count, and threads sized from it are
     throttled together (onnxruntime#29510).
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(cgroup_root)
+    quota = _cgroup_quota(cgroup_root, own_cgroup)
     return max(1, affinity if quota is None else min(affinity, math.ceil(quota)))
 
 
@@ -42,16 +43,44 @@ def has_exact_int8(cpuinfo: Path = CPUINFO) -> bool:
     return bool(flags & EXACT_INT8_FLAGS)
 
 
-def _cgroup_quota(root: Path) -> float | None:
-    """CPUs' worth of time this cgroup gets, v2 or v1; None when it is not limited or not to be read."""
+def _cgroup_quota(root: Path, own_cgroup: Path) -> float | None:
+    """CPUs' worth of time this process gets, by cgroup v2 or v1; None when it is not limited or not to be read.
+
+    A limit of any group above counts too. In a container the path may be the host's while the root shows the
+    container's own group: what does not exist below the root is passed over.
+    """
+    quotas = [
+        quota
+        for controller, path in _own_groups(own_cgroup)
+        for group in (path, *path.parents)
+        for quota in (_quota_of(root / controller / group.relative_to("/")),)
+        if quota is not None
+    ]
+    return min(quotas, default=None)
+
+
+def _own_groups(own_cgroup: Path) -> list[tuple[str, PurePosixPath]]:
+    """(directory of the hierarchy below the root, path of this process in it), for v2 and for v1's cpu controller."""
+    groups = [("", PurePosixPath("/")), ("cpu", PurePosixPath("/"))]  # where there is nothing to read
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        lines = own_cgroup.read_text().splitlines()
+    except OSError:
+        return groups
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path.startswith("/") and (not controllers or "cpu" in controllers.split(",")):
+            groups.append((controllers, PurePosixPath(path)))
+    return groups
+
+
+def _quota_of(group: Path) -> float | None:
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu" / "cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu" / "cpu.cfs_period_us").read_text().strip()
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text().strip()
         except OSError:
             return None
-    if quota in ("max", "-1"):
-        return None
-    return int(quota) / int(period)
+    return None if quota in ("max", "-1") else int(quota) / int(period)

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from app.errors import ModelInvalid, StartupError
 from app.runtime.targets import TargetProfile
 from app.types import Array, StageOutput
-from models.manifest import LOGITS, ModelManifest, StageSpec, TensorSpec
+from models.manifest import BATCH, LOGITS, ModelManifest, StageSpec, TensorSpec
 
 ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)", "int64": "tensor(int64)"}
 
@@ -75,10 +75,15 @@ def _open_session(path: Path, stage: StageSpec, profile: TargetProfile) -> ort.I
 
 
 def _compare(path: Path, kind: str, found: Sequence[ort.NodeArg], wanted: Sequence[TensorSpec]) -> None:
-    described = {node.name: (node.type, tuple(node.shape[1:])) for node in found}
-    expected = {tensor.name: (ORT_TYPES[tensor.dtype], tensor.shape[1:]) for tensor in wanted}
+    described = {node.name: (node.type, _shape(node)) for node in found}
+    expected = {tensor.name: (ORT_TYPES[tensor.dtype], tensor.shape) for tensor in wanted}
     if described != expected:
         raise ModelInvalid(f"{path.name} has the {kind}s {described}, but the manifest says {expected}")
+
+
+def _shape(node: ort.NodeArg) -> tuple[int | str, ...]:
+    """As the manifest writes it; a batch of a fixed size stays a number, and so is not what the manifest says."""
+    return tuple(BATCH if axis == 0 and not isinstance(size, int) else size for axis, size in enumerate(node.shape))
 
 
 def _zeros(tensor: TensorSpec, batch_size: int) -> Array:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from app.runtime.backend import Backend
+from app.threads import Workers
 from app.types import Array, StageOutput, StageRun
 
 
@@ -45,7 +45,7 @@ class BackendPool:
     def close(self) -> None:
         """End the threads after the runs they are in, and close the backends."""
         for instance in self._instances:
-            instance.thread.shutdown(wait=True)
+            instance.thread.close()
         for backend in self._backends:
             backend.close()
 
@@ -53,7 +53,7 @@ class BackendPool:
 class _Instance:
     def __init__(self, backend: Backend, index: int) -> None:
         self._backend = backend
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"instance-{index}")
+        self.thread = Workers(1, f"instance-{index}")
 
     async def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self._backend.run, stage, inputs)
+        return await self.thread.run(self._backend.run, stage, inputs)

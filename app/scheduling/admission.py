@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -12,7 +12,7 @@ from app.errors import Overloaded
 from app.metrics import Metrics
 
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
-RATE_HALF_LIFE_S = 5.0  # how fast the measured throughput forgets
+RATE_HALF_LIFE_S = 5.0  # of busy time: how fast the measured throughput forgets
 
 
 class Permit:
@@ -37,6 +37,7 @@ class Permit:
         self.images += count
 
     def __enter__(self) -> Self:
+        self._admission.open_permit()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -55,14 +56,18 @@ class Admission:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_images = max_images
+        self.max_images = max_images
         self._max_bytes = max_bytes
         self._metrics = metrics
         self._clock = clock
         self._images = 0
         self._bytes = 0
-        self._answered = 0.0  # images answered, decaying with RATE_HALF_LIFE_S
-        self._answered_at = clock()
+        self._answered = 0.0  # images, decaying with RATE_HALF_LIFE_S of busy time
+        self._busy_s = 0.0  # time with images in flight, decaying likewise
+        self._counted_until = clock()
+        self._permits = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closed = False
 
     @property
@@ -80,16 +85,28 @@ class Admission:
         self._closed = True
 
     def retry_after_s(self) -> float:
-        """How long the images in flight will take at the rate of the last seconds, within 1 .. 60 s."""
-        rate = self._decayed() * math.log(2) / RATE_HALF_LIFE_S  # images/s: a steady rate r settles at r / decay constant
-        wait = self._images / rate if rate > 0 else MIN_RETRY_AFTER_S
+        """How long the images in flight will take at the rate of the last busy seconds, within 1 .. 60 s.
+
+        Only time with images in flight counts, so a quiet hour does not make the service look slow.
+        """
+        self._count()
+        wait = self._images * self._busy_s / self._answered if self._answered > 0 else MIN_RETRY_AFTER_S
         return min(max(wait, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
+
+    async def wait_idle(self) -> None:
+        """Until no permit is open."""
+        await self._idle.wait()
+
+    def open_permit(self) -> None:
+        """For `Permit`: one more request is being worked on."""
+        self._permits += 1
+        self._idle.clear()
 
     def take(self, images: int, num_bytes: int) -> None:
         """For `Permit`: count more as in flight, or raise Overloaded and count nothing."""
-        if self._images + images > self._max_images:
+        if self._images + images > self.max_images:
             raise Overloaded(
-                f"{self._images} images are being worked on and at most {self._max_images} are accepted at once; "
+                f"{self._images} images are being worked on and at most {self.max_images} are accepted at once; "
                 "try again later",
                 retry_after_s=self.retry_after_s(),
             )
@@ -105,14 +122,22 @@ class Admission:
         """For `Permit`: no longer in flight; `answered` images count for the measured rate."""
         self._add(-images, -num_bytes)
         if answered:
-            self._answered = self._decayed() + images
-            self._answered_at = self._clock()
+            self._answered += images
+        self._permits -= 1
+        if not self._permits:
+            self._idle.set()
 
     def _add(self, images: int, num_bytes: int) -> None:
+        self._count()
         self._images += images
         self._bytes += num_bytes
         self._metrics.in_flight.set(self._images)
         self._metrics.in_flight_bytes.set(self._bytes)
 
-    def _decayed(self) -> float:
-        return float(self._answered * 0.5 ** ((self._clock() - self._answered_at) / RATE_HALF_LIFE_S))
+    def _count(self) -> None:
+        now = self._clock()
+        elapsed, self._counted_until = now - self._counted_until, now
+        if self._images:
+            decay = 0.5 ** (elapsed / RATE_HALF_LIFE_S)
+            self._answered *= decay
+            self._busy_s = self._busy_s * decay + elapsed

@@ -131,8 +131,8 @@ class _Stage:
         """Run a batch; every item of it leaves, goes on or fails (docs/adr/0007: no second try)."""
         started = time.perf_counter()
         try:
-            output = await run_stage(self.index, _stack(batch))
             self._batch_size.observe(len(batch))
+            output = await run_stage(self.index, _stack(batch))
             seconds = time.perf_counter() - started
             self._duration.observe(seconds)
             for item in batch:
@@ -150,14 +150,14 @@ class _Stage:
     def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> None:
         if len(output.logits) != len(batch):
             raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
-        leave, confidence = self._policy.decide(self.index, output.logits)
-        probabilities = self._policy.probabilities(self.index, output.logits)
+        with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
+            leave, confidence = self._policy.decide(self.index, output.logits)
+            probabilities = self._policy.probabilities(self.index, output.logits)
         finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
         for row, item in enumerate(batch):
             if item.abandoned:
                 continue
             if not finite[row]:
-                self._failures.inc()
                 item.fail(InferenceFailed(f"the model gave no finite answer at stage {self.index}"))
             elif leave[row]:
                 self._exits.inc()

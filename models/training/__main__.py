@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from models.training.train import TrainConfig, accuracy_per_exit, train
 from models.zoo import ZOO
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, write `held_out.zip`, and print the test accuracy of each exit."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.zip and test.zip, <class>/<n>.jpg inside")
@@ -23,13 +25,14 @@ def main() -> None:
     for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "seed"):
         value = getattr(defaults, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    arguments = vars(parser.parse_args())
+    arguments = vars(parser.parse_args(argv))
     if arguments["threads"]:
         torch.set_num_threads(arguments["threads"])
 
     config = TrainConfig(**{f.name: arguments[f.name] for f in fields(TrainConfig) if f.name in arguments})
     entry = ZOO[config.model]
     data, held_out, test = load(arguments["data"], entry.labels)
+    arguments["run_dir"].mkdir(parents=True, exist_ok=True)
     write_held_out(arguments["data"] / "train.zip", arguments["run_dir"] / "held_out.zip")
     model = train(config, data, held_out, arguments["run_dir"])
     accuracies = accuracy_per_exit(model, to_tensor(test.images, entry.preprocess.mean, entry.preprocess.std), test.labels)

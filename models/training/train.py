@@ -27,7 +27,7 @@ class TrainConfig:
     """One run. The learning rate is for the batch size given; weight decay spares biases, norms and embeddings."""
 
     model: str = "vit_cifar10"
-    epochs: int = 12
+    epochs: int = 10
     batch_size: int = 128
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05

@@ -271,8 +271,13 @@ async def test_too_few_in_flight_for_the_instances_of_this_machine_is_refused(
     """How many instances `0` means is known only here, after the settings were checked by themselves."""
     monkeypatch.setattr("app.runtime.targets.num_cpus", lambda: 1000)
 
-    with pytest.raises(StartupError, match=r"max_in_flight \(256\) is below batching.max_batch_size x instances \(4000\)"):
-        await open_service(settings_for(tiny_repository, instances=0), metrics)
+    settings = settings_for(tiny_repository, instances=0)
+    batches = 1000 * settings.batching.max_batch_size
+    limited = settings.model_copy(update={"limits": settings.limits.model_copy(update={"max_in_flight": 256})})
+    with pytest.raises(
+        StartupError, match=rf"max_in_flight \(256\) is below batching.max_batch_size x instances \({batches}\)"
+    ):
+        await open_service(limited, metrics)
 
 
 async def test_an_empty_repository_is_refused(tmp_path: Path, metrics: Metrics) -> None:

@@ -283,7 +283,7 @@ def test_a_manifest_that_is_none_is_an_error_in_words(fovea: Fovea, tiny_reposit
         ("FOVEA_HTTP__PORT", "70000", ("http.port", "65535")),
         ("FOVEA_HTTP", "no JSON", ("http", "as JSON")),
         ("FOVEA_HTTP__PROT", "8000", ("http.prot",)),
-        ("FOVEA_LIMITS__MAX_IN_FLIGHT", "1", ("max_in_flight", "max_batch_size")),
+        ("FOVEA_LIMITS__MAX_IN_FLIGHT", "1", ("max_in_flight", "could never be")),
         ("FOVEA_LOG__LEVEL", "loud", ("log.level", "'debug'")),
         ("FOVEA_REPOSITORY__MODELS", "vit", ("repository", "as JSON")),
     ],

@@ -10,7 +10,15 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
-from app.settings import EMBEDDED_REPOSITORY, BatchingSettings, HttpSettings, LimitSettings, RuntimeSettings, Settings
+from app.settings import (
+    EMBEDDED_REPOSITORY,
+    BatchingSettings,
+    HttpSettings,
+    LimitSettings,
+    RuntimeSettings,
+    Settings,
+    unknown_variables,
+)
 from models.manifest import HardwareTarget
 
 
@@ -111,18 +119,6 @@ def test_models_that_are_no_json_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     ("changes", "sentence"),
     [
         (
-            {"limits": LimitSettings(max_in_flight=64), "batching": BatchingSettings(max_batch_size=65)},
-            r"max_in_flight \(64\) is below batching.max_batch_size x runtime.instances \(65\), so batches could never be full",
-        ),
-        (
-            {
-                "limits": LimitSettings(max_in_flight=64),
-                "batching": BatchingSettings(max_batch_size=16),
-                "runtime": RuntimeSettings(instances=5),
-            },
-            r"max_in_flight \(64\) .* \(80\), so batches could never be full",
-        ),
-        (
             {"limits": LimitSettings(max_in_flight=64), "http": HttpSettings(max_images_per_request=65)},
             r"max_in_flight \(64\) is below http.max_images_per_request \(65\), so the largest request could never be admitted",
         ),
@@ -158,3 +154,16 @@ def test_settings_do_not_change() -> None:
         settings.http.port = 1  # type: ignore[misc]
     with pytest.raises(ValidationError):
         settings.http = HttpSettings()  # type: ignore[misc]
+
+
+def test_a_mistyped_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who meant to set a limit must not believe it is set."""
+    monkeypatch.setenv("FOVEA_LIMIT__MAX_PIXELS", "5")
+    with pytest.raises(ValidationError, match="FOVEA_LIMIT__MAX_PIXELS: there is no such setting"):
+        Settings()
+
+
+@pytest.mark.parametrize("name", ["FOVEA_PORT", "FOVEA_TARGET", "fovea_http__port", "FOVEA_HTTP", "OTHER__NAME"])
+def test_other_variables_are_left_alone(name: str) -> None:
+    """Compose has variables of its own, and a whole section may be given as JSON."""
+    assert unknown_variables([name]) == []

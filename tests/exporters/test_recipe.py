@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from app.runtime.cpu import has_exact_int8
 from exporters import recipe
 from exporters.cli import app as exporter
-from exporters.config import ExportConfig
+from exporters.config import ExportConfig, QuantizationConfig
 from exporters.publishing import AlreadyPublished
 from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
@@ -36,7 +36,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(inputs: Path, repository: Path, version: int = 1) -> ExportConfig:
     """An export of the tiny network."""
     images = inputs / "images"
-    return ExportConfig("test_vit", inputs / "weights.safetensors", images, images, repository, version)
+    lenient = QuantizationConfig(min_agreement=0, max_accuracy_drop=1)  # nothing can be asked of random weights
+    return ExportConfig(
+        "test_vit",
+        inputs / "weights.safetensors",
+        images,
+        images,
+        repository,
+        version,
+        int8=has_exact_int8(),
+        quantization=lenient,
+    )
 
 
 def test_a_published_version_is_complete(inputs: Path, tmp_path: Path) -> None:

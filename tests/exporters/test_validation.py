@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from app.types import Array, StageOutput
+from exporters.config import QuantizationConfig
 from exporters.recipe import golden_images
 from exporters.staging import stage_specs
-from exporters.validation import ShapeMismatch, ValueMismatch, normalised, validate
+from exporters.validation import AccuracyLoss, ShapeMismatch, ValueMismatch, normalised, validate, validate_quantized
 from models.zoo import ZOO, create_model
 
 SPEC = ZOO["test_vit"].preprocess
@@ -56,3 +57,28 @@ def test_another_shape_is_refused() -> None:
     """One class too few."""
     with pytest.raises(ShapeMismatch, match="logits has shape"):
         run(TorchBackend(cut=True))
+
+
+def one_hot(classes: list[int]) -> np.ndarray:
+    """Logits that say these classes."""
+    return np.eye(4, dtype=np.float32)[classes]
+
+
+def test_int8_within_its_limits_passes() -> None:
+    """One of four images differs, none that was right before."""
+    labels = np.array([0, 1, 2, 3])
+    limits = QuantizationConfig(min_agreement=0.75, max_accuracy_drop=0.0)
+    validate_quantized(one_hot([0, 1, 2, 0]), one_hot([0, 1, 2, 1]), labels, limits)
+
+
+@pytest.mark.parametrize(
+    ("after", "limits"),
+    [
+        ([0, 1, 2, 1], QuantizationConfig(min_agreement=0.76, max_accuracy_drop=1)),
+        ([0, 1, 3, 0], QuantizationConfig(min_agreement=0, max_accuracy_drop=0.24)),
+    ],
+)
+def test_int8_that_costs_too_much_is_refused_with_both_figures(after: list[int], limits: QuantizationConfig) -> None:
+    """Agreement and accuracy are limits of their own."""
+    with pytest.raises(AccuracyLoss, match=r"agrees with fp32 on 75\.0 %.*loses (0|25)\.00 points"):
+        validate_quantized(one_hot([0, 1, 2, 0]), one_hot(after), np.array([0, 1, 2, 3]), limits)

@@ -126,8 +126,8 @@ EXIT = {"score": "max_softmax", "temperature": 1.0, "threshold": 0.9}
         (put("stages", 0, "inputs", value=[]), "stage 0 must take exactly"),
         (put("stages", 0, "inputs", value=[PIXELS_SPEC, PIXELS_SPEC]), "stage 0 must take exactly"),
         (put("stages", 0, "gmacs", value=-1), "gmacs"),
-        (put("stages", 1, "inputs", value=[STATE_SPEC]), "stage 1 takes .'number'.*does not give in that form"),
-        (put("stages", 2, "inputs", 0, "name", value="unknown"), "stage 2 takes .'unknown'"),
+        (put("stages", 1, "inputs", value=[STATE_SPEC]), "stage 1 takes .*number.* but stage 0 hands over"),
+        (put("stages", 2, "inputs", 0, "name", value="unknown"), "stage 2 takes .*unknown.* but stage 1 hands over"),
         (put("stages", 1, "outputs", value=[STATE_SPEC]), "a stage needs one output called 'logits'"),
         (put("stages", 1, "outputs", value=[LOGITS_SPEC, LOGITS_SPEC]), "no name twice"),
         (put("stages", 2, "outputs", 0, "shape", value=["B", 63]), "logits of the same shape"),
@@ -162,13 +162,24 @@ def test_numbers_are_finite(body: Body, field: str, value: str) -> None:
         ModelManifest.model_validate_json(json.dumps(body))
 
 
-def test_a_stage_may_start_from_the_pixels(body: Body) -> None:
-    """As the models of a cascade do: an input is an output of the stage before, or the image itself."""
-    body["stages"][1]["inputs"] = [PIXELS_SPEC]
+def test_a_later_stage_takes_exactly_what_the_one_before_hands_over(body: Body) -> None:
+    """The pipeline hands on the whole state and nothing else; anything more would fail at the first survivor."""
+    for inputs in ([PIXELS_SPEC], [], body["stages"][1]["inputs"][:1]):
+        changed = json.loads(json.dumps(body))
+        changed["stages"][1]["inputs"] = inputs
+        with pytest.raises(ValidationError, match="stage 0 hands over"):
+            ModelManifest.model_validate_json(json.dumps(changed))
 
-    manifest = ModelManifest.model_validate_json(json.dumps(body))
 
-    assert [tensor.name for tensor in manifest.stages[1].inputs] == [PIXELS]
+@pytest.mark.parametrize("change", [{"shape": ["B"]}, {"shape": ["B", 2, 5]}, {"dtype": "int64"}])
+def test_logits_are_one_number_per_class(body: Body, change: dict[str, object]) -> None:
+    """Softmax and exits work on float32 (B, C)."""
+    for stage in body["stages"]:
+        for tensor in stage["outputs"]:
+            if tensor["name"] == "logits":
+                tensor.update(change)
+    with pytest.raises(ValidationError, match="must be float32 of the shape"):
+        ModelManifest.model_validate_json(json.dumps(body))
 
 
 def test_a_manifest_does_not_change() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.training.__main__ import main
 from models.training.data import Split, augment, hold_out, read_archive, to_tensor, write_held_out
 from models.training.train import TrainConfig, learning_rate_factor, train
 from models.zoo import CIFAR10_LABELS
@@ -130,6 +131,23 @@ def test_training_learns_and_an_interrupted_run_goes_on_as_if_unbroken(data: Spl
         torch.testing.assert_close(mine, theirs)
     x = to_tensor(data.images, (0.5,) * 3, (0.5,) * 3)
     assert (resumed(x)[-1].argmax(1).numpy() == data.labels).mean() > 0.9
+
+
+def test_the_command_makes_its_directory_and_the_held_out_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From two archives to a checkpoint, an archive to fit exits on, and the test accuracy of each exit."""
+    for name in ("train.zip", "test.zip"):
+        make_archive(tmp_path / name, per_class=3)
+    monkeypatch.setattr(hold_out, "__defaults__", (1,))
+    monkeypatch.setattr(write_held_out, "__defaults__", (1,))
+    run_dir = tmp_path / "new" / "run"
+
+    main(["--data", str(tmp_path), "--run-dir", str(run_dir), "--model", "test_vit", "--epochs", "1", "--batch-size", "8"])
+
+    assert (run_dir / "checkpoint.pt").exists()
+    assert len(read_archive(run_dir / "held_out.zip", CIFAR10_LABELS).labels) == 10
+    assert capsys.readouterr().out.count(" %") >= 3
 
 
 def test_a_directory_with_another_run_is_refused(data: Split, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.http.dependencies import ServiceDep
+from app.http.errors import problem_responses
 from app.http.schemas import ModelBody, ModelsResponse
 from app.service import InferenceService, LoadedModel
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+ERRORS = problem_responses({404: "No such model or version.", 422: "The version is not a number."})
 
 
 @router.get("", summary="Everything loaded")
@@ -17,13 +19,13 @@ async def list_models(service: ServiceDep) -> ModelsResponse:
     return ModelsResponse(models=[_body(service, model) for _, _, model in service.registry.loaded()])
 
 
-@router.get("/{name}", summary="The highest loaded version of a model")
+@router.get("/{name}", summary="The highest loaded version of a model", responses=ERRORS)
 async def get_model(name: str, service: ServiceDep) -> ModelBody:
     """What it is, what it runs on, and where it comes from."""
     return _body(service, service.registry.get(name))
 
 
-@router.get("/{name}/versions/{version}", summary="One loaded version of a model")
+@router.get("/{name}/versions/{version}", summary="One loaded version of a model", responses=ERRORS)
 async def get_version(name: str, version: int, service: ServiceDep) -> ModelBody:
     """What it is, what it runs on, and where it comes from."""
     return _body(service, service.registry.get(name, version))
@@ -37,7 +39,9 @@ def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
         version=manifest.version,
         default=is_default,
         ready=not model.failed,
-        target=model.target.value,
+        target=model.profile.target.value,
+        instances=model.profile.instances,
+        intra_op_threads=model.profile.intra_op_threads,
         variant=model.variant,
         variant_reason=model.variant_reason,
         stages=len(manifest.stages),

@@ -278,6 +278,14 @@ BAD_REQUESTS = [
     _bad("top_k abc", 422, "invalid_request", "top_k", "integer", content=JPEG, params={"top_k": "abc"}),
     _bad("unknown parameter", 422, "invalid_request", "topk", content=JPEG, params={"topk": 3}),
     _form("form without file", 422, "invalid_request", "no file", content=multipart(part(b"3", "top_k", None))),
+    _form(
+        "image without a file name",
+        422,
+        "invalid_request",
+        "not a file",
+        "images",
+        content=multipart(part(b"string", "images", None), part(JPEG)),
+    ),
     _form("form without parts", 422, "invalid_request", "no file", content=multipart()),
     _form("empty form", 422, "invalid_request", "closing boundary", content=b""),
     _form(

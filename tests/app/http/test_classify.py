@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -110,6 +111,8 @@ async def test_json_that_is_not_base64_is_an_error_in_its_place(served: Served) 
     images = ["no base64!", base64_of(JPEG), "data:text/plain,hello"]
     answer = check_answer(await served.client.post(CLASSIFY, json={"images": images}), num_results=3)
     assert [result.error and result.error.code for result in answer.results] == ["invalid_image", None, "invalid_image"]
+    assert served.sample("fovea_images_total", model=MODEL, outcome="client_error") == 2
+    assert served.sample("fovea_images_total", model=MODEL, outcome="ok") == 1
 
 
 async def test_only_bad_images_among_several_are_answered_with_200(served: Served) -> None:
@@ -221,6 +224,24 @@ async def test_server_timing_agrees_with_the_timings_of_the_answer(served: Serve
     assert timings.queue == pytest.approx(sum(stage.queue for stage in timings.stages), abs=rounding)
     assert timings.compute == pytest.approx(sum(stages.values()), abs=rounding)
     assert timings.decode + timings.queue + timings.compute <= timings.total + rounding
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+async def test_the_total_begins_before_the_upload(served: Served, num_images: int) -> None:
+    """As the request's duration in the metrics does: a client sees in it what it waited for."""
+    body = multipart(*[part(JPEG)] * num_images)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await asyncio.sleep(0.03)
+        yield body[10:]
+
+    response = await served.client.post(CLASSIFY, content=slow(), headers={"content-type": MULTIPART})
+    for result in check_answer(response, num_results=num_images).results:
+        assert result.timings_ms is not None
+        assert result.timings_ms.total >= 30
+        assert result.timings_ms.total - result.timings_ms.decode >= 29
+    assert served.sample("fovea_request_duration_seconds_sum", model=MODEL) >= 0.03
 
 
 async def test_server_timing_of_several_images_is_that_of_the_slowest(served: Served) -> None:

@@ -79,6 +79,14 @@ async def test_labels_never_hold_what_a_client_said(served: Served) -> None:
         assert values <= ALLOWED_LABELS[label]
 
 
+@pytest.mark.parametrize("query", [{"top_k": "abc"}, {"topk": "3"}, {"version": "0"}])
+async def test_a_request_with_a_bad_query_is_counted(served: Served, query: dict[str, str]) -> None:
+    """As every other that is refused."""
+    assert (await served.classify(JPEG, params=query)).status_code == 422
+    assert served.outcome("client_error", model="unknown") == 1
+    assert served.sample("fovea_request_duration_seconds_count", model="unknown") == 1
+
+
 async def test_requests_images_and_executions_are_counted_apart(served: Served) -> None:
     """A request of three images, one of them bad: one request, three images, and as many exits as answers."""
     await served.client.post(CLASSIFY, files=as_files([JPEG, b"text", PNG]))

@@ -99,7 +99,7 @@ async def test_head_is_get_without_the_body(served: Served, path: str) -> None:
 
 
 async def test_only_our_failures_are_logged_unless_access_is_asked_for(tiny_repository: Path, log_lines: LogLines) -> None:
-    """Every request with `log.access`, else those from 500 on; with method, path, status and time."""
+    """Every request with `log.access`, else those from 500 on but for 503; with method, path, status and time."""
 
     def logged() -> list[dict[str, Any]]:
         return [line for line in log_lines() if line["event"] == "request"]
@@ -107,6 +107,9 @@ async def test_only_our_failures_are_logged_unless_access_is_asked_for(tiny_repo
     async with running(make_settings(tiny_repository)) as served:
         await served.classify(JPEG)
         await served.classify(b"")
+        served.service.admission.close()
+        assert (await served.classify(JPEG)).status_code == 503  # counted, not logged: it comes when there is most to do
+        assert served.outcome("overloaded", model="unknown") == 1
         assert logged() == []
     async with running(make_settings(tiny_repository, log={"access": True})) as served:
         await served.classify(JPEG, headers={"x-request-id": "good"})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import binascii
+import threading
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
 from starlette.types import Message
 
-from app.http.uploads import MAX_FORM_FIELDS
+from app.http import middleware
+from app.http.uploads import BASE64_SLICE, MAX_FIELD_BYTES, MAX_FORM_FIELDS
 from tests.app.http.served import (
     CLASSIFY,
     JPEG,
@@ -30,6 +33,7 @@ from tests.app.http.served import (
     running,
     until,
 )
+from tests.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +54,8 @@ class RawRequest:
         self._ended = not ends
         self._chunks = iter(chunks)
         self._headers = list(headers)
-        self.num_received = 0  # messages asked for
+        self.num_received = 0  # messages asked for before the answer
+        self.num_lingered = 0  # and after it
         self.sent: list[Message] = []
         self.leave = asyncio.Event()  # the client closes the connection
 
@@ -75,7 +80,10 @@ class RawRequest:
         return status
 
     async def _receive(self) -> Message:
-        self.num_received += 1
+        if self.sent:
+            self.num_lingered += 1
+        else:
+            self.num_received += 1
         chunk = next(self._chunks, None)
         if chunk is not None:
             return {"type": "http.request", "body": chunk, "more_body": True}
@@ -107,6 +115,34 @@ async def test_of_a_body_announced_as_too_large_nothing_is_read(served: Served) 
     assert await request.run() == 413
     assert request.num_received == 0
     served.assert_nothing_in_flight()
+
+
+async def test_an_answer_before_the_end_of_the_body_closes_the_connection(served: Served) -> None:
+    """The whole answer goes out at once; then a little more is taken, so that the client is not reset before it reads."""
+    request = RawRequest(served, endless(), [(b"content-length", str(10**9).encode())])
+    assert await request.run() == 413
+    assert (b"connection", b"close") in request.sent[0]["headers"]
+    assert [message.get("more_body", False) for message in request.sent[1:]] == [True, False]
+    assert request.sent[1]["body"].startswith(b"{")
+    assert request.num_lingered * len(CHUNK) == middleware.MAX_LINGER_BYTES
+    for body, status in ((JPEG, 200), (b"text", 415)):
+        response = await served.classify(body)
+        assert status == response.status_code
+        assert "connection" not in response.headers
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_nobody_is_waited_for_after_an_early_answer(
+    served: Served, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    """Whether the client leaves or is silent, the connection is closed."""
+    monkeypatch.setattr(middleware, "LINGER_S", PATIENCE_S if leaves else 0.01)
+    request = RawRequest(served, [CHUNK], [(b"content-length", str(10**9).encode())], ends=False)
+    if leaves:
+        request.leave.set()
+    assert await asyncio.wait_for(request.run(), PATIENCE_S / 2) == 413
+    assert len(request.sent) == 3
+    assert request.num_lingered == 2
 
 
 async def test_of_a_body_without_length_no_more_is_read_than_the_limit(served: Served) -> None:
@@ -170,6 +206,35 @@ async def test_the_charset_of_a_form_is_not_used(served: Served, charset: str) -
     body = multipart(part(b"a" + b"-z" * 5000, "model", None), part(JPEG))
     response = await served.classify(body, headers={"content-type": f"{MULTIPART}; charset={charset}"})
     check_problem(response, 404, "model_not_found", "'a-z-z")
+
+
+async def test_a_field_is_no_place_for_a_file(served: Served) -> None:
+    """What is too long for any parameter is refused before it is looked at."""
+    body = multipart(part(b"a" * (MAX_FIELD_BYTES + 1), "model", None), part(JPEG))
+    response = await served.classify(body, headers={"content-type": MULTIPART})
+    check_problem(response, 422, "invalid_request", str(MAX_FIELD_BYTES))
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/jpeg;base64,"])
+async def test_base64_is_decoded_slice_by_slice_on_a_decode_thread(
+    served: Served, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    """It holds the interpreter lock while it runs: not on the event loop, and not for long. Only the end may be padded."""
+    image = JPEG + b"\0" * BASE64_SLICE  # behind its end a JPEG may have anything
+    threads: list[str] = []
+
+    def a2b_base64(text: str, *, strict_mode: bool) -> bytes:
+        threads.append(threading.current_thread().name)
+        assert len(text) <= BASE64_SLICE
+        return decode(text, strict_mode=strict_mode)
+
+    decode = binascii.a2b_base64
+    monkeypatch.setattr(binascii, "a2b_base64", a2b_base64)
+    check_answer(await served.client.post(CLASSIFY, json={"images": [prefix + base64_of(image)]}))
+    assert len(threads) == 2
+    assert all(name.startswith("decode") for name in threads)
+    padded = "A" * (BASE64_SLICE - 1) + "=" + base64_of(JPEG)
+    check_problem(await served.client.post(CLASSIFY, json={"images": [prefix + padded]}), 422, "invalid_image", "base64")
 
 
 async def test_a_client_that_leaves_during_its_upload_costs_nothing(served: Served) -> None:

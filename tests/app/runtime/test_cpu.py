@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,27 @@ def test_without_cpuinfo_only_apple_silicon_is_trusted(
     monkeypatch.setattr("platform.machine", lambda: machine)
 
     assert has_exact_int8(tmp_path / "absent") is expected
+
+
+def test_the_tightest_quota_on_the_way_up_counts(tmp_path: Path) -> None:
+    """A service unit's own group may be unlimited inside a slice that is not, and the other way round."""
+    groups = {"system.slice": "300000 100000", "system.slice/fovea.service": "max 100000"}
+    for name, quota in groups.items():
+        (tmp_path / "cgroup" / name).mkdir(parents=True)
+        (tmp_path / "cgroup" / name / "cpu.max").write_text(quota + "\n")
+    own = tmp_path / "own"
+    own.write_text("0::/system.slice/fovea.service\n")
+    expected = min(3, len(os.sched_getaffinity(0)))
+
+    assert num_cpus(tmp_path / "cgroup", own) == expected
+    (tmp_path / "cgroup/system.slice/fovea.service/cpu.max").write_text("50000 100000\n")
+    assert num_cpus(tmp_path / "cgroup", own) == 1
+
+
+def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
+    """The path is the host's and does not exist here; the root has the container's quota."""
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    own = tmp_path / "own"
+    own.write_text("0::/docker/0123456789abcdef\n")
+
+    assert num_cpus(tmp_path, own) == 1

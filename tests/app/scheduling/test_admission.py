@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from contextlib import suppress
 
 import pytest
@@ -103,16 +105,17 @@ def test_nothing_is_admitted_after_close(admission: Admission) -> None:
 
 
 def answer_images(admission: Admission, clock: Clock, *, per_second: float, seconds: float) -> None:
-    """A steady stream of single images, each answered."""
+    """One image after the other, each answered, with quiet minutes between that must not count."""
     for _ in range(round(per_second * seconds)):
-        clock.advance(1 / per_second)
         with admission.admit() as permit:
             permit.take_images(1)
+            clock.advance(1 / per_second)
+        clock.advance(60)
 
 
 @pytest.mark.parametrize("per_second", [5, 20])
 def test_retry_after_follows_the_measured_rate(metrics: Metrics, clock: Clock, per_second: float) -> None:
-    """At a steady rate it is the time that the images in flight will take; 40 images at 5/s: 8 s, at 20/s: 2 s."""
+    """It is the time that the images in flight will take at the rate of busy times; 40 images at 5/s: 8 s, at 20/s: 2 s."""
     admission = Admission(max_images=40, max_bytes=1, metrics=metrics, clock=clock)
     answer_images(admission, clock, per_second=per_second, seconds=20 * RATE_HALF_LIFE_S)
 
@@ -144,22 +147,39 @@ def test_retry_after_stays_within_its_bounds(admission: Admission, clock: Clock)
         assert admission.retry_after_s() == MIN_RETRY_AFTER_S
     answer_images(admission, clock, per_second=1000, seconds=1)
     assert admission.retry_after_s() == MIN_RETRY_AFTER_S
-    clock.advance(1000)
     with admission.admit() as permit:
         permit.take_images(1)
+        clock.advance(1000)
         assert admission.retry_after_s() == MAX_RETRY_AFTER_S
 
 
 def test_failed_requests_do_not_count_as_answered(admission: Admission, clock: Clock) -> None:
     """A service that fails quickly is not a fast one."""
+
+    def fail() -> None:
+        with admission.admit() as permit:
+            permit.take_images(1)
+            clock.advance(0.002)
+            raise RuntimeError("a fault of ours")
+
     for _ in range(1000):
-        clock.advance(0.001)
         with pytest.raises(RuntimeError):
-            request(admission, images=1, error=RuntimeError("a fault of ours"))
-    clock.advance(1)
+            fail()
     with admission.admit() as permit:
         permit.take_images(1)
+        clock.advance(1)
     with admission.admit() as permit:
         permit.take_images(1)
-        # One answered image in the last half life: 1 / (1 * ln 2 / 5 s), with the failures it would be the minimum.
-        assert admission.retry_after_s() == pytest.approx(RATE_HALF_LIFE_S / 0.6931, rel=1e-3)
+        # One answer in 3 busy seconds, the older 2 of them faded; with the failures it would be the minimum.
+        faded = (1 - 0.5 ** (2 / RATE_HALF_LIFE_S)) * RATE_HALF_LIFE_S / math.log(2) * 0.5 ** (1 / RATE_HALF_LIFE_S)
+        assert admission.retry_after_s() == pytest.approx(faded + 1, rel=1e-2)
+
+
+@pytest.mark.anyio
+async def test_idle_is_when_the_last_permit_is_given_back(admission: Admission) -> None:
+    """A request that is still uploading holds no image yet, and is waited for all the same."""
+    with admission.admit():
+        waiting = asyncio.create_task(admission.wait_idle())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    await waiting

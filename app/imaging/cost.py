@@ -1,0 +1,86 @@
+"""How much memory decoding a picture takes at most, told from its header; the figures are measured (docs/adr/0011)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import ImageFile
+from PIL.ExifTags import Base
+
+JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # the other markers stand alone, inside the pixels' data
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+
+_FIXED_BYTES = 4 * 2**20  # tables and buffers of a decoder, rows of the resize; whatever the picture's size
+# Bytes per pixel while the decoder runs, where that is more than the picture itself: libwebp holds two canvases, a frame,
+# and what it hands over; libavif the planes of 10 bits, twice if they come in parts, and what it hands over twice.
+_DECODER = {("WEBP", "RGB"): 16, ("WEBP", "RGBA"): 16, ("AVIF", "L"): 7, ("AVIF", "RGB"): 19, ("AVIF", "RGBA"): 24}
+_JPEG_IN_TIFF, _YCBCR = 7, 6  # TIFF's numbers for a compression and a colour space
+
+
+def decode_cost(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> int:
+    """Bytes that `app.imaging.decode` and one resize take at their peak, not counting the file itself.
+
+    Args:
+        image: identified but not loaded; drafted, where it shall come out smaller.
+        data: its file.
+        full_size: width and height before it was drafted.
+    """
+    pixels = image.width * image.height
+    stored, plain = _bytes_per_pixel(image.mode), 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 4
+    if image.has_transparency_data:
+        plain = 4
+    converted = image.has_transparency_data or image.mode not in ("RGB", "L")
+    peak = max(stored + plain if converted else stored, plain + 1)  # 1: the average before the resize
+    peak = max(peak, _DECODER.get((image.format or "", image.mode), 0))
+    extra = 0
+    if image.format == "TIFF":
+        peak = max(peak, 2 * stored)  # Pillow turns it upright itself
+        extra = _tiff_buffer(image)
+    elif image.format == "JPEG":
+        extra = _jpeg_coefficients(image, data, full_size)
+    return _FIXED_BYTES + peak * pixels + extra
+
+
+def jpeg_segments(data: bytes) -> Iterator[re.Match[bytes]]:
+    """The segments' markers, from the first behind the start of the image to its end; pixels' data are skipped."""
+    position = 2
+    while (segment := JPEG_SEGMENT.search(data, position)) and segment[0] != END_OF_IMAGE:
+        yield segment
+        position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2])  # its length, these two included
+
+
+def _bytes_per_pixel(mode: str) -> int:
+    """As Pillow stores it: whatever has several channels takes four bytes."""
+    if mode in ("1", "L", "P"):
+        return 1
+    return 2 if mode.startswith("I;16") else 4
+
+
+def _jpeg_coefficients(image: Any, data: bytes, full_size: tuple[int, int]) -> int:
+    """A picture that comes in several scans is held as 16-bit coefficients, in full size whatever was drafted."""
+    num_channels: int = image.layers
+    scan = next((segment.end() for segment in jpeg_segments(data) if segment[0] == START_OF_SCAN), None)
+    several_scans = image.info.get("progressive") or (scan is not None and data[scan + 2] < num_channels)
+    if not several_scans:
+        return 0
+    width, height = (-(-side // 32) * 32 for side in full_size)  # 32: the largest unit that sampling can make
+    return 2 * num_channels * width * height
+
+
+def _tiff_buffer(image: Any) -> int:
+    """libtiff unpacks a whole strip or tile at a time, and those may be larger than the picture."""
+    tags = image.tag_v2
+    if image.tile[0].codec_name != "libtiff":
+        return 0
+    if Base.TileWidth in tags or Base.TileLength in tags:
+        part = tags[Base.TileWidth] * tags[Base.TileLength]
+    else:
+        part = tags[Base.ImageWidth] * min(tags[Base.ImageLength], tags.get(Base.RowsPerStrip, tags[Base.ImageLength]))
+    unpacked = tags.get(Base.SamplesPerPixel, 1) * max(tags.get(Base.BitsPerSample, (1,))) / 8
+    if tags.get(Base.Compression) == _JPEG_IN_TIFF:
+        unpacked *= 3  # coefficients, as above
+    if tags.get(Base.PhotometricInterpretation) == _YCBCR:
+        unpacked += 4  # converted by libtiff, into a buffer of its own
+    return int(part * unpacked)

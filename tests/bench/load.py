@@ -1,0 +1,250 @@
+"""Closed-loop and open-loop (Poisson) load on one URL; `python -m tests.bench.load --url … --images DIR`.
+
+Closed loop: each connection sends its next request when the last one was answered, so it finds the most a server can do
+with that many callers. Open loop: requests arrive on their own schedule and latency counts from when one was *due*, so
+waiting is not hidden however late the server, or this generator, is.
+
+In tests, import `closed_loop` and `open_loop`. To measure, run it as a process of its own: then it shares no interpreter
+with the server. Timers are as fine as the event loop's (1 ms): `LoadResult.lags` shows how late requests really left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.bench.http_client import Answer, Connection, Outcome, address, build_request, connect
+from tests.bench.load_result import LoadResult, Recorder, count_line
+
+DEFAULT_TIMEOUT_S = 60.0
+REFUSED_PAUSE_S = 0.02  # before a closed loop asks again where no connection was accepted
+
+
+async def closed_loop(
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    connections: int,
+    seconds: float | None = None,
+    num_requests: int | None = None,
+    ramp_s: float = 0.0,
+    keep_bodies: bool = False,
+    stop_when_refused: bool = False,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    content_type: str | None = None,
+) -> LoadResult:
+    """POST the bodies in turn over keep-alive connections, each sending as soon as its last answer came.
+
+    A connection that the server ends is replaced. What is in flight when the time is up is waited for and counted.
+
+    Args:
+        bodies: request bodies; request i carries body i modulo their number.
+        seconds: length of the measured window; or
+        num_requests: how many to send in all, measured from the first to the last.
+        ramp_s: with `seconds`: load before the window opens, so that it starts with the server full.
+        keep_bodies: keep every answer in `LoadResult.answers`.
+        stop_when_refused: a connection that is not accepted ends its loop, for a server that is going away.
+        timeout_s: longest wait for a connection and for an answer.
+        content_type: of every body; None: told by its first bytes.
+
+    Raises:
+        ValueError: not exactly one of `seconds` and `num_requests`.
+        UnsupportedAnswer: the server speaks what this client cannot read.
+    """
+    if (seconds is None) == (num_requests is None):
+        raise ValueError("a closed loop needs either seconds or num_requests")
+    host, port = address(url)
+    payloads = [build_request(url, body, content_type) for body in bodies]
+    recorder = Recorder(time.monotonic(), keep_bodies)
+    ends_at = time.monotonic() + ramp_s + seconds if seconds is not None else float("inf")
+    limit = num_requests if num_requests is not None else float("inf")
+    num_sent = 0
+
+    async def caller() -> None:
+        nonlocal num_sent
+        connection: Connection | None = None
+        while num_sent < limit and time.monotonic() < ends_at:
+            image, num_sent = num_sent % len(payloads), num_sent + 1
+            due_at = time.monotonic()
+            if connection is None or not connection.usable:
+                opened = await connect(host, port, timeout_s=timeout_s, keep_bodies=keep_bodies)
+                if isinstance(opened, Outcome):
+                    recorder.add(Answer(opened, time.monotonic()), due_at=due_at, sent_at=due_at, image=image)
+                    if stop_when_refused and opened is Outcome.REFUSED:
+                        return
+                    await asyncio.sleep(REFUSED_PAUSE_S)
+                    continue
+                connection = opened
+                recorder.num_connections += 1
+            sent_at = time.monotonic()
+            answer = await connection.request(payloads[image], timeout_s=timeout_s)
+            recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
+        if connection is not None:
+            connection.close()
+
+    cpu_before_s = time.process_time()
+    async with _callers() as group:
+        for _ in range(connections):
+            group.create_task(caller())
+    measured_s = None if seconds is None else (ramp_s, ramp_s + seconds)
+    elapsed_s = time.monotonic() - recorder.started_at
+    return recorder.result(measured_s=measured_s, elapsed_s=elapsed_s, cpu_s=time.process_time() - cpu_before_s)
+
+
+async def open_loop(
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    rate: float,
+    seconds: float,
+    seed: int,
+    ramp_s: float = 0.0,
+    keep_bodies: bool = False,
+    max_connections: int = 1024,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    content_type: str | None = None,
+) -> LoadResult:
+    """POST the bodies at Poisson arrivals, whatever the server does; latency counts from when a request was due.
+
+    A request takes an idle connection or opens another; beyond `max_connections` it waits for one, which counts.
+
+    Args:
+        rate: mean arrivals per second; `seed` decides when exactly.
+        seconds: length of the measured window, after `ramp_s` of the same load.
+        keep_bodies, timeout_s, content_type: as in `closed_loop`; the timeout runs from when the request was sent.
+    """
+    host, port = address(url)
+    payloads = [build_request(url, body, content_type) for body in bodies]
+    idle: list[Connection] = []
+    permits = asyncio.Semaphore(max_connections)
+    recorder = Recorder(time.monotonic(), keep_bodies)
+
+    async def one(image: int, due_at: float) -> None:
+        async with permits:
+            connection: Connection | None = None
+            while idle and connection is None:  # the last one used: the least likely to have been closed meanwhile
+                candidate = idle.pop()
+                connection = candidate if candidate.usable else None
+            if connection is None:
+                opened = await connect(host, port, timeout_s=timeout_s, keep_bodies=keep_bodies)
+                if isinstance(opened, Outcome):
+                    recorder.add(Answer(opened, time.monotonic()), due_at=due_at, sent_at=time.monotonic(), image=image)
+                    return
+                connection = opened
+                recorder.num_connections += 1
+            sent_at = time.monotonic()
+            answer = await connection.request(payloads[image], timeout_s=timeout_s)
+            recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
+            if connection.usable:
+                idle.append(connection)
+
+    cpu_before_s = time.process_time()
+    try:
+        async with _callers() as group:
+            for number, arrival_s in enumerate(poisson_arrivals(rate, ramp_s + seconds, seed)):
+                due_at = recorder.started_at + arrival_s
+                if (wait_s := due_at - time.monotonic()) > 0:
+                    await asyncio.sleep(wait_s)
+                group.create_task(one(number % len(payloads), due_at))
+    finally:
+        for connection in idle:
+            connection.close()
+        await asyncio.sleep(0)
+    elapsed_s = time.monotonic() - recorder.started_at
+    measured_s = (ramp_s, ramp_s + seconds)
+    return recorder.result(measured_s=measured_s, elapsed_s=elapsed_s, cpu_s=time.process_time() - cpu_before_s)
+
+
+def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Arrival times in [0, seconds) with exponential gaps of mean 1 / rate; the same for the same seed."""
+    if rate <= 0:
+        raise ValueError(f"the rate must be above 0 per second, not {rate}")
+    rng = np.random.default_rng(seed)
+    arrivals: list[float] = []
+    now_s = 0.0
+    while now_s < seconds:
+        block = now_s + np.cumsum(rng.exponential(1 / rate, size=1024))
+        arrivals += block[block < seconds].tolist()
+        now_s = float(block[-1])
+    return arrivals
+
+
+@asynccontextmanager
+async def _callers() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first failure as it is, and leaves the loop a turn to let closed sockets go."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    finally:
+        await asyncio.sleep(0)
+
+
+def run_on_fast_loop(main: Callable[[], Coroutine[Any, Any, LoadResult]]) -> LoadResult:
+    """Run it on uvloop, or on asyncio's own loop where there is none."""
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with suppress(ImportError):
+        from uvloop import new_event_loop
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(main())
+
+
+def main() -> None:
+    """The command line: one run, told in a line or as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.load", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--url", required=True, help="where to POST, for example http://127.0.0.1:8000/v1/classify")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, taken in turn")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--connections", type=int, default=32, help="closed loop with so many keep-alive connections")
+    mode.add_argument("--rate", type=float, help="open loop with so many Poisson arrivals per second")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, default=5.0, help="length of the measured window")
+    length.add_argument("--requests", type=int, help="closed loop: so many requests instead")
+    parser.add_argument("--ramp", type=float, default=0.0, help="seconds of load before the measured window")
+    parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="longest wait for an answer, in seconds")
+    parser.add_argument("--seed", type=int, default=0, help="open loop: when the requests arrive")
+    parser.add_argument("--json", action="store_true", help="everything, as one line of JSON")
+    args = parser.parse_args()
+
+    from tests.bench.images import read_folder
+
+    bodies = read_folder(args.images)
+    if args.rate is not None:
+        result = run_on_fast_loop(
+            lambda: open_loop(
+                args.url, bodies, rate=args.rate, seconds=args.seconds, seed=args.seed, ramp_s=args.ramp, timeout_s=args.timeout
+            )
+        )
+    else:
+        result = run_on_fast_loop(
+            lambda: closed_loop(
+                args.url,
+                bodies,
+                connections=args.connections,
+                seconds=None if args.requests else args.seconds,
+                num_requests=args.requests,
+                ramp_s=args.ramp,
+                timeout_s=args.timeout,
+            )
+        )
+    if args.json:
+        print(json.dumps(result.to_json()))
+        return
+    p50, p90, p99 = (1e3 * result.percentile_s(q) for q in (50, 90, 99))
+    print(
+        f"{result.ok_per_s:.1f} images/s; p50 {p50:.1f} ms, p90 {p90:.1f} ms, p99 {p99:.1f} ms; {count_line(result.counts)}; "
+        f"generator: {1e6 * result.cpu_per_request_s:.0f} us CPU per request, {result.num_connections} connections"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What cannot work is refused at start by the real process, too: one clear line, an exit status, no traceback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.e2e.servers import MODEL, ROOT, Server
+from tests.fakes import PATIENCE_S
+
+
+def start(repository: Path, *arguments: str, **settings: str) -> tuple[int, str]:
+    """Exit status and everything it wrote."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment |= {f"FOVEA_{name}": value for name, value in settings.items()}
+    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--repository", str(repository), *arguments]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=3 * PATIENCE_S,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def assert_refused(found: tuple[int, str], *words: str) -> None:
+    code, text = found
+    assert code == 1, text
+    (line,) = text.splitlines()
+    for word in words:
+        assert word in line
+
+
+def test_a_port_that_another_fovea_has(tiny_repository: Path, tmp_path: Path) -> None:
+    """Told before any model is loaded, with the setting to change; the first one goes on."""
+    with Server(tiny_repository, tmp_path / "log") as first:
+        assert_refused(start(tiny_repository, "--port", str(first.port)), str(first.port), "in use", "FOVEA_HTTP__PORT")
+        assert first.get("/health/ready")[0] == 200
+        first.stop()
+
+
+def test_a_damaged_artefact(tiny_repository: Path, tmp_path: Path) -> None:
+    """A file that is not the published one."""
+    shutil.copytree(tiny_repository, tmp_path / "damaged")
+    file = tmp_path / "damaged" / MODEL / "1" / "fp32" / "stage_2.onnx"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_refused(start(tmp_path / "damaged"), "error:", MODEL, "fp32/stage_2.onnx", "sha256")
+
+
+def test_a_bad_setting(tiny_repository: Path) -> None:
+    """By the name a stranger finds in the table of settings."""
+    assert_refused(start(tiny_repository, HTTP__MAX_UPLOAD_BYTES="lots"), "settings:", "http.max_upload_bytes", "integer")
