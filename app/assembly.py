@@ -67,6 +67,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
         metrics,
         max_pixels=settings.limits.max_pixels,
         decode_threads=settings.limits.decode_threads or num_cpus(),
+        max_decode_bytes=settings.limits.max_decode_bytes,
     )
     names = settings.repository.models or store.names()
     if not names:

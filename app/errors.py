@@ -4,7 +4,7 @@ ServiceError
 ├── RequestError            the caller's fault
 │   ├── InvalidRequest      a parameter or the body's form
 │   ├── PayloadTooLarge     more bytes or images than accepted
-│   ├── ImageTooLarge       more pixels than accepted, told from the header
+│   ├── ImageTooLarge       more pixels, or memory for them, than accepted; told from the header
 │   ├── UnsupportedImage    not one of the accepted formats
 │   └── InvalidImage        the right format, but broken
 ├── ModelNotFound           no such model or version here

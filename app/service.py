@@ -17,6 +17,7 @@ from app.errors import (
     RequestError,
     ServiceError,
 )
+from app.imaging.budget import DecodeBudget
 from app.imaging.preprocess import Pixels, load_pixels
 from app.log import get_logger
 from app.metrics import PHASES, Metrics
@@ -77,6 +78,7 @@ class InferenceService:
     Args:
         max_pixels: largest image accepted, width times height.
         decode_threads: images decoded at once.
+        max_decode_bytes: memory that all of them together may take, estimated from their headers.
     """
 
     def __init__(
@@ -87,11 +89,13 @@ class InferenceService:
         *,
         max_pixels: int,
         decode_threads: int,
+        max_decode_bytes: int,
     ) -> None:
         self.registry = registry
         self.admission = admission
         self._metrics = metrics
         self._max_pixels = max_pixels
+        self._decode_budget = DecodeBudget(max_decode_bytes)
         self._decoders = Workers(decode_threads, "decode")
         self._draining = False
         metrics.ready.set_function(lambda: float(self.ready))  # so that it also tells of a model that failed
@@ -152,7 +156,7 @@ class InferenceService:
         begun = time.perf_counter()
         name = model.manifest.name
         try:
-            pixels = await self._decoders.run(_load, image, model.manifest.preprocess, self._max_pixels)
+            pixels = await self._decoders.run(_load, image, model.manifest.preprocess, self._max_pixels, self._decode_budget)
             decoded = time.perf_counter()
             result = await model.pipeline.submit(pixels)
         except (RequestError, InferenceFailed) as error:
@@ -167,9 +171,13 @@ class InferenceService:
         return Prediction(top_k_labels(result.probabilities, model.labels, top_k), result.exit, timings)
 
 
-def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int) -> Pixels:
+def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int, budget: DecodeBudget) -> Pixels:
     data = image if isinstance(image, bytes) else image()
-    return load_pixels(data, spec, max_pixels=max_pixels)
+    try:
+        return load_pixels(data, spec, max_pixels=max_pixels, budget=budget)
+    except InferenceFailed:
+        log.exception("an image could not be decoded")
+        raise
 
 
 def outcome_of(error: ServiceError | None) -> str:

@@ -42,6 +42,10 @@ class LimitSettings(_Section):
     )
     max_in_flight_bytes: PositiveInt = Field(256 * 2**20, description="Request bytes held at once; more is refused with 503.")
     max_pixels: PositiveInt = Field(50_000_000, description="Largest image, width times height, told from the header.")
+    max_decode_bytes: PositiveInt = Field(
+        512 * 2**20,
+        description="Memory that decoding images may take at once, in bytes, estimated from their headers; others wait.",
+    )
     decode_threads: int = Field(0, ge=0, description="Threads that decode images; 0: one per CPU of the quota.")
 
 

@@ -12,7 +12,8 @@ from PIL.ExifTags import Base
 JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # the other markers stand alone, inside the pixels' data
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
-_FIXED_BYTES = 4 * 2**20  # tables and buffers of a decoder, rows of the resize; whatever the picture's size
+_FIXED_BYTES = 6 * 2**20  # tables and buffers of a decoder, rows of the resize, a band converted; whatever the size
+_SMALL_BYTES = 2**20  # not worth a closer look
 # Bytes per pixel while the decoder runs, where that is more than the picture itself: libwebp holds two canvases, a frame,
 # and what it hands over; libavif the planes of 10 bits, twice if they come in parts, and what it hands over twice.
 _DECODER = {("WEBP", "RGB"): 16, ("WEBP", "RGBA"): 16, ("AVIF", "L"): 7, ("AVIF", "RGB"): 19, ("AVIF", "RGBA"): 24}
@@ -20,27 +21,26 @@ _JPEG_IN_TIFF, _YCBCR = 7, 6  # TIFF's numbers for a compression and a colour sp
 
 
 def decode_cost(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> int:
-    """Bytes that `app.imaging.decode` and one resize take at their peak, not counting the file itself.
+    """Bytes that `app.imaging.decode` and one resize take at their peak, with one copy of the file.
 
     Args:
         image: identified but not loaded; drafted, where it shall come out smaller.
         data: its file.
         full_size: width and height before it was drafted.
     """
-    pixels = image.width * image.height
-    stored, plain = _bytes_per_pixel(image.mode), 1 if image.mode in ("1", "L") or image.mode.startswith("I;16") else 4
-    if image.has_transparency_data:
-        plain = 4
-    converted = image.has_transparency_data or image.mode not in ("RGB", "L")
+    pixels, mode, transparent = image.width * image.height, image.mode, image.has_transparency_data
+    stored = _bytes_per_pixel(mode)
+    plain = 1 if not transparent and (mode in ("1", "L") or mode.startswith("I;16")) else 4
+    converted = transparent or mode not in ("RGB", "L")
     peak = max(stored + plain if converted else stored, plain + 1)  # 1: the average before the resize
-    peak = max(peak, _DECODER.get((image.format or "", image.mode), 0))
+    peak = max(peak, _DECODER.get((image.format or "", mode), 0))
     extra = 0
     if image.format == "TIFF":
         peak = max(peak, 2 * stored)  # Pillow turns it upright itself
         extra = _tiff_buffer(image)
     elif image.format == "JPEG":
         extra = _jpeg_coefficients(image, data, full_size)
-    return _FIXED_BYTES + peak * pixels + extra
+    return _FIXED_BYTES + len(data) + peak * pixels + extra
 
 
 def jpeg_segments(data: bytes) -> Iterator[re.Match[bytes]]:
@@ -61,12 +61,12 @@ def _bytes_per_pixel(mode: str) -> int:
 def _jpeg_coefficients(image: Any, data: bytes, full_size: tuple[int, int]) -> int:
     """A picture that comes in several scans is held as 16-bit coefficients, in full size whatever was drafted."""
     num_channels: int = image.layers
-    scan = next((segment.end() for segment in jpeg_segments(data) if segment[0] == START_OF_SCAN), None)
-    several_scans = image.info.get("progressive") or (scan is not None and data[scan + 2] < num_channels)
-    if not several_scans:
-        return 0
     width, height = (-(-side // 32) * 32 for side in full_size)  # 32: the largest unit that sampling can make
-    return 2 * num_channels * width * height
+    num_bytes = 2 * num_channels * width * height
+    if num_bytes < _SMALL_BYTES or image.info.get("progressive"):
+        return num_bytes
+    scan = next((segment.end() for segment in jpeg_segments(data) if segment[0] == START_OF_SCAN), None)
+    return num_bytes if scan is not None and data[scan + 2] < num_channels else 0  # as libjpeg: not all channels in the first
 
 
 def _tiff_buffer(image: Any) -> int:

@@ -38,7 +38,7 @@ _MAX_TIFF_PARTS = 65_536  # strips or tiles; Pillow takes 2.5 microseconds for e
 _TIFF_COMPRESSIONS = {1, 5, 7, 8, 32773, 32946, 50000}
 _MAX_TIFF_VALUES = 3 * 65_536  # of any other tag: the colour map of 16 bits; Pillow makes 40 bytes of each
 _TIFF_SIDES = {Base.ImageWidth, Base.ImageLength, Base.RowsPerStrip, Base.TileWidth, Base.TileLength}
-_BAND_PIXELS = 2**18  # converted at a time, so that a large picture is never there three times
+_BAND_PIXELS = 2**16  # converted at a time, so that a large picture is never there three times
 _MAX_LAYERS = 8  # how often the tiles of a file may cover the picture; a plane per channel needs 4
 
 # What Pillow keeps for the whole process is set here, once: changing it per call would race between the decode threads.
@@ -160,10 +160,12 @@ def open_picture(
         try:
             with _blaming_the_file(FORMATS[name]), _blaming_the_memory():
                 picture = _load(image, full_size, scale)
-            yield picture
-            picture.image.close()
+            try:
+                yield picture
+            finally:
+                picture.image.close()
         finally:
-            _release(image)  # a reference may remain, in a traceback for one
+            _release(image)
 
 
 def _load(image: ImageFile.ImageFile, full_size: tuple[int, int], scale: float) -> Picture:
@@ -178,6 +180,7 @@ def _load(image: ImageFile.ImageFile, full_size: tuple[int, int], scale: float) 
 
 
 def _release(image: ImageFile.ImageFile) -> None:
+    """Free its memory now: references remain, in a traceback for one."""
     vars(image).pop("_decoder", None)
     image.close()
 
