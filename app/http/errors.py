@@ -25,7 +25,7 @@ MAX_DETAIL_CHARS = 1000  # it may quote the client, who may have said millions
 STATUSES: dict[str, tuple[int, str]] = {
     "invalid_request": (422, "The request is not valid"),
     "payload_too_large": (413, "The request is too large"),
-    "image_too_large": (413, "The image has too many pixels"),
+    "image_too_large": (413, "The image is too large to decode"),
     "unsupported_image": (415, "The image format is not supported"),
     "invalid_image": (422, "The image cannot be read"),
     "model_not_found": (404, "There is no such model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class ModelStore:
         directory = self._root / name
         if not directory.is_dir():
             return []
-        return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST_FILE}") if path.parent.name.isdecimal())
+        return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST_FILE}") if re.fullmatch(r"[1-9][0-9]*", path.parent.name))
 
     def open(self, name: str, version: int | None = None) -> StoredModel:
         """Read a version, the highest when none is given, and check every file against its checksum.
