@@ -39,7 +39,11 @@ class ModelStore:
         directory = self._root / name
         if not directory.is_dir():
             return []
-        return sorted(int(path.parent.name) for path in directory.glob(f"*/{MANIFEST_FILE}") if re.fullmatch(r"[1-9][0-9]*", path.parent.name))
+        return sorted(
+            int(path.parent.name)
+            for path in directory.glob(f"*/{MANIFEST_FILE}")
+            if re.fullmatch(r"[1-9][0-9]*", path.parent.name)
+        )
 
     def open(self, name: str, version: int | None = None) -> StoredModel:
         """Read a version, the highest when none is given, and check every file against its checksum.
