@@ -58,8 +58,7 @@ def _open_session(path: Path, stage: StageSpec, profile: TargetProfile) -> ort.I
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        # A bias fused with Gelu is slower on the CPU than the two apart (docs/benchmarks.md).
-        session = ort.InferenceSession(path, options, providers=list(profile.providers), disabled_optimizers=["BiasGeluFusion"])
+        session = ort.InferenceSession(path, options, providers=list(profile.providers))
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise ModelInvalid(f"ONNX Runtime cannot open {path.name}: {error}") from error
     # ONNX Runtime falls back to the CPU without an error, so compare with what the session really got.
