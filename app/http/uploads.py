@@ -18,6 +18,7 @@ from app.scheduling.admission import Permit
 from app.types import EncodedImage
 
 MAX_FORM_FIELDS = 16  # there are three parameters
+MAX_JSON_BRACKETS = 64  # an object and a list are needed
 MAX_FIELD_BYTES = 2**16
 BASE64_SLICE = 2**18  # characters; a multiple of 4
 
@@ -102,6 +103,9 @@ def _from_multipart(content_type: str, body: bytes, max_images: int) -> Upload:
 
 
 def _from_json(body: bytes, max_images: int) -> Upload:
+    # Base64 has no brackets, so a body of our form has a handful; a deep or wide one would hold the event loop for seconds.
+    if body.count(b"[") + body.count(b"{") > MAX_JSON_BRACKETS:
+        raise InvalidRequest('the JSON body is nested; it must be an object with a list "images" of base64 texts')
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -1,2 +1,2 @@
 // Swagger UI over our own openapi.json; in a file of its own because the page allows no inline script.
-SwaggerUIBundle({ url: "openapi.json", dom_id: "#docs", deepLinking: true, presets: [SwaggerUIBundle.presets.apis] });
+SwaggerUIBundle({ url: "openapi.json", dom_id: "#docs", deepLinking: true, validatorUrl: null, presets: [SwaggerUIBundle.presets.apis] });

@@ -286,3 +286,10 @@ async def test_a_client_that_leaves_while_its_image_is_computed_gives_its_permit
                 served.assert_nothing_in_flight()
         check_answer(await served.classify(JPEG))
         assert (await served.client.get("/health/ready")).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"[" * 10**6, b'{"images": [' + b"[]," * 10**5 + b"[]]}", b'{"a":' * 10**5])
+async def test_a_nested_json_body_is_refused_before_it_is_parsed(served: Served, body: bytes) -> None:
+    """A megabyte of brackets would be a million objects, made on the event loop."""
+    response = await served.client.post(CLASSIFY, content=body, headers={"Content-Type": "application/json"})
+    check_problem(response, 422, "invalid_request", "nested")
