@@ -110,5 +110,6 @@ def describe_validation(errors: Any) -> str:
     parts = []
     for error in errors:
         where = ".".join(str(step) for step in error["loc"] if step not in ("query", "path", "body"))
-        parts.append(f"{where}: {error['msg']}" if where else str(error["msg"]))
+        text = "there is no such parameter" if error.get("type") == "extra_forbidden" else str(error["msg"])
+        parts.append(f"{where}: {text}" if where else text)
     return "; ".join(parts)

@@ -22,7 +22,7 @@ _FILTERS = {
     "lanczos": Resampling.LANCZOS,
 }
 # From six times the target on, first average whole pixels, down to no less than three times the target (docs/adr/0008).
-REDUCING_GAP = 3.0
+REDUCING_GAP: float | None = 3.0
 
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
 

@@ -43,7 +43,7 @@ class Variant:
     speedups: list[float] = field(default_factory=list)  # against the first variant on the same photo
 
     def load(self, data: bytes, spec: PreprocessSpec) -> np.ndarray:
-        decode.DRAFT_FACTOR = self.draft_factor
+        decode.DRAFT_FACTOR = self.draft_factor  # type: ignore[assignment]  # inf is fine where it is compared
         preprocess.REDUCING_GAP = self.reducing_gap
         return preprocess.load_pixels(data, spec, max_pixels=MAX_PIXELS)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -34,9 +35,16 @@ class Server:
     """`fovea serve` on a free port of this machine, or a server that runs already (then only its URL is known).
 
     Use as a context manager: leaving it ends the process if `stop` did not.
+
+    Args:
+        url: of a server that runs already.
+        tree: the source tree whose `app` is served.
+        variables: of its environment, besides ours.
     """
 
-    def __init__(self, url: str | None = None) -> None:
+    def __init__(self, url: str | None = None, *, tree: Path = ROOT, variables: Mapping[str, str] | None = None) -> None:
+        self._tree = tree
+        self._variables = dict(variables or {})
         self.ready_s: float | None = None  # process start to the first 200 of /health/ready
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -117,8 +125,8 @@ class Server:
         started = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "app", "serve"],
-            cwd=ROOT,
-            env=os.environ | {"FOVEA_HTTP__HOST": host, "FOVEA_HTTP__PORT": str(port)},
+            cwd=self._tree,
+            env=os.environ | self._variables | {"FOVEA_HTTP__HOST": host, "FOVEA_HTTP__PORT": str(port)},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

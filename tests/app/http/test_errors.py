@@ -287,3 +287,9 @@ def test_validation_errors_become_one_sentence() -> None:
         ]
     )
     assert found == "top_k: not a number; images.3: not text; no"
+
+
+async def test_a_mistyped_parameter_is_told_by_its_name(served: Served) -> None:
+    """`topk` for `top_k` would otherwise be passed over, and the answer not be what was asked for."""
+    response = await served.client.post(CLASSIFY, params={"topk": 3}, content=JPEG)
+    check_problem(response, 422, "invalid_request", "topk: there is no such parameter")
