@@ -221,14 +221,19 @@ def _print_json(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
 
 
 def _print_table(results: list[tuple[Path, Prediction | ServiceError]]) -> None:
-    table = Table(Column("file", overflow="fold"), "label", "probability", "exit", "decode ms", "compute ms")
+    table = Table(
+        Column("file", overflow="fold", ratio=1), "label", "probability", "exit", "decode ms", "compute ms", expand=True
+    )
     for path, answer in results:
         if isinstance(answer, ServiceError):
-            table.add_row(escape(str(path)), f"[red]{answer.code}[/]: {escape(str(answer))}")
-            continue
+            continue  # below: a sentence in a narrow column reads badly
         labels = "\n".join(escape(score.label) for score in answer.predictions)
         probabilities = "\n".join(f"{score.probability:.3f}" for score in answer.predictions)
         exit_ = f"{answer.exit.stage + 1} of {answer.exit.num_stages}"
         decode, compute = 1000 * answer.timings.decode_s, 1000 * sum(answer.timings.compute_s)
         table.add_row(escape(str(path)), labels, probabilities, exit_, f"{decode:.1f}", f"{compute:.1f}")
-    out.print(table)
+    if table.row_count:
+        out.print(table)
+    for path, answer in results:
+        if isinstance(answer, ServiceError):
+            out.print(f"{escape(str(path))}: [red]{answer.code}[/]: {escape(str(answer))}", soft_wrap=True, highlight=False)
