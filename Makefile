@@ -5,10 +5,11 @@ PORT ?= 8000
 # Serving has an environment of its own, so that it never holds torch (docs/adr/0004).
 SERVE_ENV := .venv-serve
 DEV_ENV := .venv
+RUN ?= runs/vit_cifar10
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format bench container-test clean
+.PHONY: help install serve test lint format bench train container-test clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +33,10 @@ format: $(DEV_ENV)/.installed ## Format the code
 
 bench: $(DEV_ENV)/.installed ## Measure the service against a plain loop: make bench ARGS="--images DIR"
 	@$(DEV_ENV)/bin/python -m tests.bench $(ARGS)
+
+train: $(DEV_ENV)/.installed ## Train the embedded model, or go on: make train DATA=DIR RUN=DIR ARGS="--photos FILE"
+	@$(DEV_ENV)/bin/python -m models.training --data $(or $(DATA),$(error say DATA=folder with train.zip and test.zip)) \
+		--run-dir $(RUN) $(ARGS)
 
 container-test: $(DEV_ENV)/.installed ## Build and run the containers (needs a container engine, or root and dockerd)
 	@$(DEV_ENV)/bin/python -m pytest -m container -rA tests/containers

@@ -22,7 +22,7 @@ def spread(count: int, wanted: int) -> Array:
 def collect_ranges(
     stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig
 ) -> list[dict[str, ActivationRange]]:
-    """The smallest and largest input of each linear layer, per stage.
+    """The smallest and largest input of each linear layer and output of each convolution, per stage.
 
     Min-max, not percentiles: percentiles were worse on real Vision Transformers (docs/adr/0005). Every image goes
     through every stage, a superset of the survivors that reach the later ones in use.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class ExportConfig:
     test_images: Path  # the same form; only ever measured on
     repository: Path
     version: int
+    other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
+    other_classes: Mapping[str, str] | None = None  # the label of each of their folders; None: folders are labels
     int8: bool = True
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)

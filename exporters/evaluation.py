@@ -1,4 +1,7 @@
-"""What a variant does on labelled images: accuracy and calibration per exit, exit rates, expected cost, time."""
+"""What a variant does on labelled images: accuracy and calibration per exit, exit rates, expected cost, time.
+
+Differences are paired: two answers for the same image are compared, so what both find hard cancels out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from app.exits import ExitPolicy
 from app.postprocess import softmax
 from app.runtime.backend import Backend
 from app.types import Array, FloatArray
@@ -16,7 +20,10 @@ from models.manifest import PIXELS, ExitSpec, StageSpec
 
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
 TIMED_BATCH = 8
-TIMED_ROUNDS = 9
+TIMED_IMAGES = 512
+TIMED_ROUNDS = 5
+NUM_CONFUSIONS = 6  # the most frequent mistakes that a report names
+Z_95 = 1.96  # standard deviations of a two-sided interval of 95 %
 
 
 def logits_per_exit(backend: Backend, num_stages: int, pixels: Array, batch_size: int = 64) -> list[FloatArray]:
@@ -31,13 +38,38 @@ def logits_per_exit(backend: Backend, num_stages: int, pixels: Array, batch_size
     return [np.concatenate(parts) for parts in collected]
 
 
-def expected_calibration_error(logits: FloatArray, labels: Array, temperature: float) -> float:
-    """Mean gap between confidence and accuracy over equal-width bins of confidence (Guo et al., 2017), in 0 .. 1."""
+def reliability(logits: FloatArray, labels: Array, temperature: float) -> list[tuple[float, float, int]]:
+    """(mean confidence, accuracy, images) of each bin of confidence that has any; 15 bins of equal width over 0 .. 1."""
     probabilities = softmax(logits, temperature)
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = [abs(float((correct[bins == b] - confidence[bins == b]).sum())) for b in np.unique(bins)]
-    return sum(gaps) / len(labels)
+    return [
+        (float(confidence[bins == b].mean()), float(correct[bins == b].mean()), int((bins == b).sum())) for b in np.unique(bins)
+    ]
+
+
+def expected_calibration_error(logits: FloatArray, labels: Array, temperature: float) -> float:
+    """Mean gap between confidence and accuracy over the bins of `reliability`, in 0 .. 1 (Guo et al., ICML 2017)."""
+    bins = reliability(logits, labels, temperature)
+    return sum(abs(accuracy - confidence) * count for confidence, accuracy, count in bins) / len(labels)
+
+
+def paired_loss(before: Array, after: Array) -> tuple[float, float]:
+    """How much less often the second is right, and half the width of its 95 % interval (normal approximation).
+
+    Args:
+        before, after: whether each image is classified rightly, bool (N,), the same images in the same order.
+    """
+    difference = before.astype(np.float64) - after
+    return float(difference.mean()), float(Z_95 * difference.std() / np.sqrt(len(difference)))
+
+
+def confusions(predicted: Array, labels: Array) -> list[tuple[int, int, int]]:
+    """The most frequent mistakes: (true class, answered class, images), most frequent first."""
+    wrong = predicted != labels
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:NUM_CONFUSIONS]
+    return [(int(pairs[0, i]), int(pairs[1, i]), int(counts[i])) for i in order]
 
 
 def evaluate(
@@ -57,6 +89,9 @@ def evaluate(
     routing = route(logits, exits)
     cost_through = np.cumsum([stage.gmacs for stage in stages])
     full = cost_through[-1]
+    right = routing.predicted == labels
+    exits_cost, exits_cost_within = paired_loss(logits[-1].argmax(axis=1) == labels, right)
+    int8_cost, int8_cost_within = paired_loss(reference.argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels)
     return {
         "images": len(labels),
         "top1_by_exit": [_rounded((z.argmax(axis=1) == labels).mean()) for z in logits],
@@ -64,8 +99,19 @@ def evaluate(
             _rounded(expected_calibration_error(z, labels, exit_.temperature)) for z, exit_ in zip(logits, exits, strict=True)
         ],
         "agreement_with_fp32": _rounded((logits[-1].argmax(axis=1) == reference.argmax(axis=1)).mean()),
+        "loss_against_fp32": {"top1": _rounded(int8_cost), "within": _rounded(int8_cost_within)},
+        "top1_by_class": {str(label): _rounded(right[labels == label].mean()) for label in np.unique(labels)},
+        "confusions": confusions(routing.predicted, labels),
+        "reliability_by_exit": [
+            [
+                (_rounded(confidence), _rounded(accuracy), count)
+                for confidence, accuracy, count in reliability(z, labels, e.temperature)
+            ]
+            for z, e in zip(logits, exits, strict=True)
+        ],
         "operating_point": {
-            "top1": _rounded((routing.predicted == labels).mean()),
+            "top1": _rounded(right.mean()),
+            "loss_against_full_depth": {"top1": _rounded(exits_cost), "within": _rounded(exits_cost_within)},
             "exit_rates": [_rounded((routing.exit_stage == stage).mean()) for stage in range(len(stages))],
             "mean_gmacs": _rounded(cost_through[routing.exit_stage].mean(), 6),
             "compute_saved": _rounded(1 - cost_through[routing.exit_stage].mean() / full),
@@ -73,16 +119,47 @@ def evaluate(
     }
 
 
-def milliseconds_per_image(backends: Mapping[str, Backend], num_stages: int, pixels: Array) -> dict[str, float]:
-    """Median time of all stages without exits, one thread, batch 8, the variants in turn."""
-    batch = np.resize(pixels, (TIMED_BATCH, *pixels.shape[1:]))
-    seconds: dict[str, list[float]] = {name: [] for name in backends}
+def milliseconds_per_image(
+    backends: Mapping[str, Backend], exits: Mapping[str, Sequence[ExitSpec]], pixels: Array
+) -> dict[str, dict[str, float]]:
+    """Median time of an image in each variant, without exits and with them; one thread, batch 8, all of them in turn.
+
+    With exits the survivors of a stage are batched anew, as in the service.
+
+    Args:
+        backends: by variant; exits: likewise.
+        pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed.
+    """
+    pixels = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), TIMED_IMAGES)).round().astype(np.int64)]
+    seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(TIMED_ROUNDS):
         for name, backend in backends.items():
-            started = time.perf_counter()
-            logits_per_exit(backend, num_stages, batch, TIMED_BATCH)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: _rounded(1000 * statistics.median(times) / TIMED_BATCH) for name, times in seconds.items()}
+            for way in ("without_exits", "with_exits"):
+                policy = ExitPolicy(exits[name]) if way == "with_exits" else None
+                started = time.perf_counter()
+                _run_in_batches(backend, len(exits[name]), policy, pixels)
+                seconds.setdefault((name, way), []).append(time.perf_counter() - started)
+    return {
+        name: {
+            way: _rounded(1000 * statistics.median(seconds[name, way]) / len(pixels)) for way in ("without_exits", "with_exits")
+        }
+        for name in backends
+    }
+
+
+def _run_in_batches(backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array) -> None:
+    inputs: dict[str, Array] = {PIXELS: pixels}
+    for stage in range(num_stages):
+        count = len(next(iter(inputs.values())))
+        survivors: dict[str, list[Array]] = {}
+        for start in range(0, count, TIMED_BATCH):
+            output = backend.run(stage, {name: value[start : start + TIMED_BATCH] for name, value in inputs.items()})
+            stays = slice(None) if policy is None else ~policy.decide(stage, output.logits)[0]
+            for name, value in output.state.items():
+                survivors.setdefault(name, []).append(value[stays])
+        inputs = {name: np.concatenate(parts) for name, parts in survivors.items()}
+        if not inputs or not len(next(iter(inputs.values()))):
+            return
 
 
 def _rounded(value: float | np.floating, digits: int = 4) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +35,30 @@ class ImageSet:
         return len(self.labels)
 
 
-def read_images(path: Path, labels: Sequence[str], spec: PreprocessSpec) -> ImageSet:
+def read_images(
+    path: Path, labels: Sequence[str], spec: PreprocessSpec, *, classes: Mapping[str, str] | None = None
+) -> ImageSet:
     """Read `<class>/<file>` from a folder or a zip archive, in the order of names.
+
+    Args:
+        classes: where given, the label of each folder; folders it does not name are passed over. Else folders are labels.
 
     Raises:
         ImageSetError: when there are none, a class is unknown, or a file is not an image.
     """
     index = {label: number for number, label in enumerate(labels)}
+    if unknown := set(classes.values()) - set(labels) if classes else None:
+        raise ImageSetError(f"folders are mapped to {', '.join(sorted(unknown))}, which the model does not know")
     pixels, targets, digest = [], [], hashlib.sha256()
-    for name, data in _files(path):
+    for name, read in _files(path):
         label = name.split("/")[-2] if "/" in name else ""
+        if classes is not None:
+            if label not in classes:
+                continue
+            label = classes[label]
         if label not in index:
             raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
+        data = read()
         try:
             pixels.append(load_pixels(data, spec, max_pixels=MAX_PIXELS))
         except RequestError as error:
@@ -53,17 +66,17 @@ def read_images(path: Path, labels: Sequence[str], spec: PreprocessSpec) -> Imag
         targets.append(index[label])
         digest.update(data)
     if not pixels:
-        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>")
+        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>" + (" that are mapped" if classes else ""))
     return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     if path.is_dir():
         for file in sorted(entry for entry in path.glob("*/*") if entry.is_file() and not entry.name.startswith(".")):
-            yield f"{file.parent.name}/{file.name}", file.read_bytes()
+            yield f"{file.parent.name}/{file.name}", file.read_bytes
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for name in sorted(entry for entry in archive.namelist() if not entry.endswith("/")):
-                yield name, archive.read(name)
+                yield name, partial(archive.read, name)
     else:
         raise ImageSetError(f"{path} is neither a folder nor a zip archive")

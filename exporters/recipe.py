@@ -18,7 +18,6 @@ from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
 from app.runtime.golden import golden_key
 from app.runtime.ort_backend import OrtBackend
-from app.runtime.targets import TargetProfile, resolve_profile
 from app.types import Array, FloatArray
 from exporters.calibration import collect_ranges
 from exporters.config import ExportConfig
@@ -26,6 +25,7 @@ from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_ima
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
+from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
 from exporters.staging import stage_specs
 from exporters.validation import ValidationError, validate, validate_quantized
@@ -77,6 +77,10 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         progress("reading images")
         fitting = read_images(config.calibration_images, entry.labels, entry.preprocess)
         test = read_images(config.test_images, entry.labels, entry.preprocess)
+        others = {
+            name: read_images(path, entry.labels, entry.preprocess, classes=config.other_classes)
+            for name, path in config.other_images.items()
+        }
         variants = [FP32, INT8] if config.int8 else [FP32]
 
         progress("writing fp32 stages")
@@ -90,7 +94,7 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         (build / LABELS_FILE).write_text("\n".join(entry.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
         draft = _manifest(config, model, entry.preprocess, build, {name: _no_exits(model) for name in variants}, {})
-        profile = _one_thread()
+        profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
         progress("validating against PyTorch")
         golden = golden_images(entry.preprocess)
@@ -110,10 +114,10 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
             )
             for name, backend in backends.items()
         }
-        report = _report(fitted, draft, fitting, test, difference)
+        report = _report(fitted, draft, fitting, test, others, difference)
         provenance = _provenance(config, weights_sha256, fitting, test)
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (build / "MODEL_CARD.md").write_text(model_card(config, draft, report, provenance))
+        (build / "MODEL_CARD.md").write_text(model_card(config, draft, entry.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
         return publish(build, _manifest(config, model, entry.preprocess, build, exits, provenance), config.repository)
@@ -214,26 +218,39 @@ def _no_exits(model: MultiExitViT) -> tuple[ExitSpec, ...]:
     )
 
 
-def _one_thread() -> TargetProfile:
-    profile = resolve_profile("cpu", instances=1, intra_op_threads=1)
-    # Exporting runs every variant on this CPU, whatever the service would choose.
-    return TargetProfile(profile.target, profile.providers, 1, 1)
-
-
 def _report(
-    fitted: Mapping[str, _Fitted], manifest: ModelManifest, fitting: ImageSet, test: ImageSet, difference: float
+    fitted: Mapping[str, _Fitted],
+    manifest: ModelManifest,
+    fitting: ImageSet,
+    test: ImageSet,
+    others: Mapping[str, ImageSet],
+    difference: float,
 ) -> dict[str, object]:
     reference = fitted[FP32].test_logits[-1]
     backends = {name: variant.backend for name, variant in fitted.items()}
+    exits = {name: variant.exits for name, variant in fitted.items()}
     return {
         "machine": f"{platform.machine()}, {platform.system()}, one thread",
         "fitted_on": {"images": len(fitting), "sha256": fitting.sha256},
         "tested_on": {"images": len(test), "sha256": test.sha256},
         "largest_logit_difference_to_pytorch": float(f"{difference:.2e}"),
         "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
-        "ms_per_image_without_exits": milliseconds_per_image(backends, len(manifest.stages), test.pixels),
+        "ms_per_image": milliseconds_per_image(backends, exits, test.pixels),
         "variants": {
             name: evaluate(variant.test_logits, test.labels, variant.exits, manifest.stages, reference)
+            for name, variant in fitted.items()
+        },
+        "other_images": {name: _on_other_images(fitted, manifest, images) for name, images in others.items()},
+    }
+
+
+def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, images: ImageSet) -> dict[str, object]:
+    logits = {name: logits_per_exit(v.backend, len(manifest.stages), images.pixels) for name, v in fitted.items()}
+    return {
+        "images": len(images),
+        "sha256": images.sha256,
+        "variants": {
+            name: evaluate(logits[name], images.labels, variant.exits, manifest.stages, logits[FP32][-1])
             for name, variant in fitted.items()
         },
     }

@@ -31,11 +31,11 @@ def stage_macs(config: ViTConfig, num_blocks: int, *, first: bool) -> int:
 
 
 def _stem_macs(config: ViTConfig) -> int:
-    if config.stem == "patch":
+    if not config.stem:
         return config.num_patches * 3 * config.patch_size**2 * config.width
     macs, in_channels, side = 0, 3, config.image_size
-    for step, out_channels in enumerate(config.stem_channels()):
-        side = side if step == 0 else side // 2
+    for out_channels, stride in config.stem:
+        side //= stride
         macs += side * side * 9 * in_channels * out_channels
         in_channels = out_channels
     return macs

@@ -1,7 +1,8 @@
 """A stage of the Vision Transformer written directly as an ONNX graph.
 
 As fast as torch's own export in fp32 and faster in INT8 (docs/adr/0005): linear layers become `QuantizeLinear` and
-`MatMulIntegerToFloat` with per-channel weights instead of QDQ pairs that ONNX Runtime has to recognise. Add,
+`MatMulIntegerToFloat` with per-channel weights, the stem's convolutions become `QLinearConv`, instead of QDQ pairs that ONNX
+Runtime has to recognise. Add,
 LayerNormalization, Softmax and Gelu stay plain: their fused forms are slower on the CPU.
 """
 
@@ -37,7 +38,7 @@ def tokens_name(stage: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ActivationRange:
-    """Smallest and largest value that the input of a linear layer took during calibration."""
+    """Smallest and largest value that the input of a linear layer, or the output of a convolution, took in calibration."""
 
     low: float
     high: float
@@ -67,8 +68,9 @@ def stage_graph(
         config: of the whole network.
         preprocess: its layout decides the input of the first stage.
         last: the last stage gives logits only; the others the tokens too.
-        ranges: of each linear layer's input, by layer name; those named become INT8. None: all stay fp32.
-        expose: give the input of each linear layer as an output called by the layer's name, for calibration.
+        ranges: of each linear layer's input and each convolution's output, by layer name; layers named become INT8 (the
+            convolutions of a stem only together). None: all stay fp32.
+        expose: give those inputs and outputs as graph outputs called by the layer's name, for calibration.
     """
     graph = _Graph(ranges or {}, expose=expose)
     source: tuple[str, int, Shape]
@@ -121,11 +123,9 @@ class _Graph:
         if name not in self._ranges:
             product = self.node("MatMul", x, self.weight(f"{name}.weight", weight))
             return self.node("Add", product, self.weight(f"{name}.bias", bias))
-        scale, zero_point = self._ranges[name].scale_and_zero_point()
         weight_scale = (np.abs(weight).max(axis=0) / INT8_MAX).clip(min=np.finfo(np.float32).tiny).astype(np.float32)
         quantized = np.clip(np.rint(weight / weight_scale), -INT8_MAX, INT8_MAX).astype(np.int8)
-        a_scale = self.weight(f"{name}.input_scale", np.array(scale))
-        a_zero = self.weight(f"{name}.input_zero_point", np.array(zero_point))
+        a_scale, a_zero = self.quantization(f"{name}.input", self._ranges[name].scale_and_zero_point())
         return self.node(
             "MatMulIntegerToFloat",
             self.node("QuantizeLinear", x, a_scale, a_zero),
@@ -144,14 +144,15 @@ class _Graph:
 
     def embed(self, module: Embedding, config: ViTConfig, preprocess: PreprocessSpec) -> str:
         """Pixels -> tokens (B, N, D) with positions; normalises where the preprocessing leaves it to the graph."""
-        x = PIXELS
-        if preprocess.layout == "uint8_nhwc":
-            x = self.node("Cast", x, to=TensorProto.FLOAT)
-            x = self.node("Transpose", x, perm=[0, 3, 1, 2])  # (B, 3, H, W)
-            mean, std = (np.array(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
-            x = self.node("Mul", x, self.weight("pixels.scale", np.float32(preprocess.scale) / std))
-            x = self.node("Sub", x, self.weight("pixels.offset", mean / std))
-        x = self.stem(module.patch_embed, x)  # (B, D, h, w)
+        stem = module.patch_embed
+        if isinstance(stem, ConvStem):
+            x = self.conv_stem(stem, preprocess)  # (B, D, h, w)
+        elif isinstance(stem, PatchEmbed):
+            side = stem.proj.kernel_size[0]
+            names = self.weight("patch.weight", stem.proj.weight), self.weight("patch.bias", _vector(stem.proj.bias))
+            x = self.node("Conv", self.normalised(preprocess), *names, kernel_shape=[side, side], strides=[side, side])
+        else:
+            raise TypeError(f"no graph is known for a stem of the kind {type(stem).__name__}")
         x = self.node("Reshape", x, self.constant("patches.shape", [0, config.width, -1]))
         x = self.node("Transpose", x, perm=[0, 2, 1])  # (B, N, D)
         positions = module.pos_embed.detach().numpy().copy()
@@ -161,30 +162,71 @@ class _Graph:
             positions[:, :1] += module.cls_token.detach().numpy()
         return self.node("Add", x, self.weight("positions", positions))
 
-    def stem(self, module: nn.Module, x: str) -> str:
-        if isinstance(module, PatchEmbed):
-            side = module.proj.kernel_size[0]
-            names = self.weight("patch.weight", module.proj.weight), self.weight("patch.bias", _vector(module.proj.bias))
-            return self.node("Conv", x, *names, kernel_shape=[side, side], strides=[side, side])
-        if not isinstance(module, ConvStem):
-            raise TypeError(f"no graph is known for a stem of the kind {type(module).__name__}")
-        for index in range(0, len(module.layers), 3):
-            conv, norm = module.layers[index], module.layers[index + 1]
-            if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
-                raise TypeError("the conv stem must be convolution, batch norm, ReLU in turn")
-            weight, bias = _fold_batch_norm(conv, norm)
-            stride = conv.stride[0]
-            x = self.node(
-                "Conv",
-                x,
-                self.weight(f"stem.{index}.weight", weight),
-                self.weight(f"stem.{index}.bias", bias),
-                kernel_shape=list(conv.kernel_size),
-                strides=[stride, stride],
-                pads=[1, 1, 1, 1],
-            )
-            x = self.node("Relu", x)
-        return x
+    def normalised(self, preprocess: PreprocessSpec) -> str:
+        """The pixels as the network was trained on them, float32 (B, 3, H, W)."""
+        if preprocess.layout == "float32_nchw":
+            return PIXELS
+        x = self.node("Cast", PIXELS, to=TensorProto.FLOAT)
+        x = self.node("Transpose", x, perm=[0, 3, 1, 2])
+        mean, std = (np.array(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+        x = self.node("Mul", x, self.weight("pixels.scale", np.float32(preprocess.scale) / std))
+        return self.node("Sub", x, self.weight("pixels.offset", mean / std))
+
+    def conv_stem(self, module: ConvStem, preprocess: PreprocessSpec) -> str:
+        """Pixels -> features (B, D, h, w), through convolutions, each followed by ReLU.
+
+        INT8: bytes between the convolutions, whose rounding to the unsigned range is the ReLU. The pixels themselves are
+        taken as bytes where one of them stands for zero, which padding needs; else the first convolution stays fp32.
+        """
+        layers = [(f"stem.{number}", layer) for number, layer in enumerate(_folded(module))]
+        x, known = PIXELS, None
+        int8 = all(name in self._ranges for name, _ in layers)
+        if int8 and (known := _quantization_of_pixels(preprocess)) is not None:
+            x = self.node("Transpose", PIXELS, perm=[0, 3, 1, 2])
+            layers[0][1].weight /= np.array(preprocess.std, dtype=np.float32).reshape(1, 3, 1, 1)
+        else:
+            x = self.normalised(preprocess)
+        for name, layer in layers:
+            if known is not None:
+                x, known = self.quantized_convolution(name, x, known, layer)
+                continue
+            names = self.weight(f"{name}.weight", layer.weight), self.weight(f"{name}.bias", layer.bias)
+            x = self.node("Relu", self.node("Conv", x, *names, **layer.attributes()))
+            if self._expose:
+                shape = (BATCH, len(layer.bias), f"{name}.height", f"{name}.width")
+                self._exposed.append((self.node("Identity", x, output=name), shape))
+            if int8:
+                known = self._ranges[name].scale_and_zero_point()
+                x = self.node("QuantizeLinear", x, *self.quantization(f"{name}.output", known))
+        if known is None:
+            return x
+        return self.node("DequantizeLinear", x, *self.quantization("stem.output", known))
+
+    def quantized_convolution(
+        self, name: str, x: str, known: tuple[np.float32, np.uint8], layer: _Convolution
+    ) -> tuple[str, tuple[np.float32, np.uint8]]:
+        """A convolution of bytes to bytes; `known` and what is returned beside the name are scale and zero point."""
+        per_channel = np.abs(layer.weight).max(axis=(1, 2, 3)) / INT8_MAX
+        weight_scale = per_channel.clip(min=np.finfo(np.float32).tiny).astype(np.float32)
+        weight = np.clip(np.rint(layer.weight / weight_scale.reshape(-1, 1, 1, 1)), -INT8_MAX, INT8_MAX).astype(np.int8)
+        bias = np.rint(layer.bias / (known[0] * weight_scale)).astype(np.int32)
+        output = self._ranges[name].scale_and_zero_point()
+        x = self.node(
+            "QLinearConv",
+            x,
+            *self.quantization(f"{name}.input", known),
+            self.weight(f"{name}.weight", weight),
+            self.weight(f"{name}.weight_scale", weight_scale),
+            self.weight(f"{name}.weight_zero_point", np.zeros(len(weight), dtype=np.int8)),
+            *self.quantization(f"{name}.output", output),
+            self.weight(f"{name}.bias", bias),
+            **layer.attributes(),
+        )
+        return x, output
+
+    def quantization(self, name: str, known: tuple[np.float32, np.uint8]) -> tuple[str, str]:
+        """Names of a scale and a zero point."""
+        return self.weight(f"{name}_scale", np.array(known[0])), self.weight(f"{name}_zero_point", np.array(known[1]))
 
     def block(self, module: Block, name: str, x: str, config: ViTConfig) -> str:
         attended = self.attention(module, f"{name}.attn", self.norm(f"{name}.norm1", module.norm1, x), config)
@@ -253,10 +295,38 @@ def _vector(value: Tensor | None) -> Tensor:
     return value
 
 
-def _fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Array, Array]:
-    """One convolution that does what convolution and batch norm do in evaluation mode."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise TypeError("the batch norm has no running statistics")
-    gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
-    bias = norm.bias.detach().numpy() - norm.running_mean.numpy() * gain
-    return conv.weight.detach().numpy() * gain.reshape(-1, 1, 1, 1), bias
+@dataclass(slots=True)
+class _Convolution:
+    """A square convolution that keeps the size but for its stride; ReLU follows."""
+
+    weight: Array  # float32 (out, in, k, k)
+    bias: Array  # float32 (out,)
+    stride: int
+
+    def attributes(self) -> dict[str, Any]:
+        side = self.weight.shape[-1]
+        return {"kernel_shape": [side, side], "strides": [self.stride] * 2, "pads": [side // 2] * 4}
+
+
+def _folded(module: ConvStem) -> list[_Convolution]:
+    """Each convolution with its batch norm in evaluation mode inside."""
+    folded = []
+    for index in range(0, len(module.layers), 3):
+        conv, norm = module.layers[index], module.layers[index + 1]
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
+            raise TypeError("the conv stem must be convolution, batch norm, ReLU in turn")
+        if norm.running_mean is None or norm.running_var is None:
+            raise TypeError("the batch norm has no running statistics")
+        gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
+        bias = norm.bias.detach().numpy() - norm.running_mean.numpy() * gain
+        folded.append(_Convolution(conv.weight.detach().numpy() * gain.reshape(-1, 1, 1, 1), bias, conv.stride[0]))
+    return folded
+
+
+def _quantization_of_pixels(preprocess: PreprocessSpec) -> tuple[np.float32, np.uint8] | None:
+    """Scale and zero point with which bytes are the normalised pixels (but for the division by std); None if there are none."""
+    zeros = {mean / preprocess.scale for mean in preprocess.mean}
+    zero = round(next(iter(zeros)))
+    if preprocess.layout != "uint8_nhwc" or not 0 <= zero <= UINT8_MAX or any(abs(z - zero) > 1e-3 for z in zeros):
+        return None
+    return np.float32(preprocess.scale), np.uint8(zero)

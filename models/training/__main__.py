@@ -1,41 +1,75 @@
-"""`python -m models.training --data DIR --run-dir DIR`: train, or go on with an interrupted run."""
+"""`python -m models.training --data DIR --run-dir DIR`: train teacher and network, or go on with an interrupted run."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from models.training.data import load, to_tensor, write_held_out
-from models.training.train import TrainConfig, accuracy_per_exit, train
+from models.training.config import StudentConfig, TeacherConfig
+from models.training.data import join, load, read_photos, write_held_out
+from models.training.learners import StudentLearner, TeacherLearner
+from models.training.loop import CHECKPOINT, accuracy_per_exit, fit
 from models.zoo import ZOO
+
+HELD_OUT = "held_out.zip"
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, write `held_out.zip`, and print the test accuracy of each exit."""
-    defaults = TrainConfig()
+    """Write `teacher/`, `network/` and `held_out.zip`, and print the test accuracy of each exit."""
+    teacher_config, student_config = TeacherConfig(), StudentConfig()
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.zip and test.zip, <class>/<n>.jpg inside")
-    parser.add_argument("--run-dir", type=Path, required=True, help="where the checkpoint and the log go; outside git")
+    parser.add_argument("--run-dir", type=Path, required=True, help="where checkpoints, logs and curves go; outside git")
+    parser.add_argument("--photos", type=Path, help="zip of <folder>/<file>: further photographs to train on")
+    parser.add_argument("--photo-classes", type=Path, default=IMAGENET_CLASSES, help="JSON {folder: class}; default: ImageNet")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves torch's own choice")
-    parser.add_argument("--model", choices=sorted(ZOO), default=defaults.model)
-    for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "seed"):
-        value = getattr(defaults, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
-    arguments = vars(parser.parse_args(argv))
-    if arguments["threads"]:
-        torch.set_num_threads(arguments["threads"])
+    parser.add_argument("--model", choices=sorted(ZOO), default=student_config.model)
+    parser.add_argument("--epochs", type=int, default=student_config.epochs, help=f"default {student_config.epochs}")
+    parser.add_argument(
+        "--teacher-epochs",
+        type=int,
+        default=teacher_config.epochs,
+        help=f"default {teacher_config.epochs}; 0 trains without a teacher",
+    )
+    parser.add_argument("--seed", type=int, default=student_config.seed)
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
 
-    config = TrainConfig(**{f.name: arguments[f.name] for f in fields(TrainConfig) if f.name in arguments})
-    entry = ZOO[config.model]
-    data, held_out, test = load(arguments["data"], entry.labels)
-    arguments["run_dir"].mkdir(parents=True, exist_ok=True)
-    write_held_out(arguments["data"] / "train.zip", arguments["run_dir"] / "held_out.zip")
-    model = train(config, data, held_out, arguments["run_dir"])
-    accuracies = accuracy_per_exit(model, to_tensor(test.images, entry.preprocess.mean, entry.preprocess.std), test.labels)
+    entry = ZOO[arguments.model]
+    data, held_out, test = load(arguments.data, entry.labels)
+    if arguments.photos is not None:
+        classes = json.loads(arguments.photo_classes.read_text())
+        photos = read_photos(arguments.photos, entry.labels, classes, entry.config.image_size)
+        data = join(data, photos)
+        print(f"{len(photos.labels)} further photographs")
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    write_held_out(arguments.data / "train.zip", arguments.run_dir / HELD_OUT)
+
+    teacher = None
+    if arguments.teacher_epochs:
+        teacher_config = replace(teacher_config, epochs=arguments.teacher_epochs, seed=arguments.seed)
+        teacher = TeacherLearner(teacher_config, entry)
+        fit(teacher, teacher_config, data, held_out, arguments.run_dir / "teacher", "teacher")
+        teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
+        print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=teacher_config.bf16)[0]:.2f} %")
+
+    student_config = replace(
+        student_config,
+        model=arguments.model,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        distillation=student_config.distillation if teacher else 0.0,
+    )
+    student = StudentLearner(student_config, entry, teacher)
+    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
+    accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 from an archive of JPEGs to tensors: train, a split held out for fitting exits, and test.
+"""CIFAR-10 from archives of JPEGs: train, a split held out for fitting exits, and test; further photographs beside it.
 
 Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. The data stays outside the project.
 """
@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 HELD_OUT_PER_CLASS = 500  # of the 5,000 training images of a class; never trained on, exits are fitted on them
-CROP_PADDING = 4  # pixels of reflection around the image before a random crop (He et al., 2016)
-CUTOUT = 8  # side of the square put to the mean, in pixels (DeVries and Taylor, 2017: half of the best for long training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,37 @@ def read_archive(path: Path, labels: Sequence[str]) -> Split:
             images.append(np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")))
             targets.append(labels.index(folder))
     return Split(np.stack(images), np.array(targets, dtype=np.int64))
+
+
+def read_photos(path: Path, labels: Sequence[str], classes: Mapping[str, str], side: int) -> Split:
+    """Further photographs, reduced to side x side pixels as the service does: shorter side, centre, bicubic.
+
+    Args:
+        path: a zip file of `<folder>/<file>`.
+        classes: the label of each folder; folders that it does not name are passed over.
+        side: in pixels.
+
+    Raises:
+        ValueError: a folder is mapped to a class that is not in `labels`, or no file is in a folder that is mapped.
+    """
+    if unknown := set(classes.values()) - set(labels):
+        raise ValueError(f"folders are mapped to {', '.join(sorted(unknown))}, which the model does not know")
+    images, targets = [], []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(entry for entry in archive.namelist() if "/" in entry and not entry.endswith("/")):
+            label = classes.get(name.split("/")[-2])
+            if label is not None:
+                image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+                images.append(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)))
+                targets.append(labels.index(label))
+    if not images:
+        raise ValueError(f"{path.name} holds no photographs in a folder that is mapped to a class")
+    return Split(np.stack(images), np.array(targets, dtype=np.int64))
+
+
+def join(first: Split, second: Split) -> Split:
+    """All images of both."""
+    return Split(np.concatenate([first.images, second.images]), np.concatenate([first.labels, second.labels]))
 
 
 def hold_out(split: Split, per_class: int = HELD_OUT_PER_CLASS) -> tuple[Split, Split]:
@@ -74,22 +102,3 @@ def to_tensor(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     """uint8 (N, H, W, 3) -> normalised float32 (N, 3, H, W), channels last in memory."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
-
-
-def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random flip, random crop out of a reflected border, cutout; each drawn per image. (B, 3, H, W) -> the same."""
-    batch, _, height, width = x.shape
-    flip = torch.rand(batch, generator=generator) < 0.5
-    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
-
-    x = F.pad(x, (CROP_PADDING,) * 4, mode="reflect")
-    offset = torch.randint(0, 2 * CROP_PADDING + 1, (2, batch, 1), generator=generator)
-    rows = offset[0] + torch.arange(height)  # (B, H)
-    columns = offset[1] + torch.arange(width)
-    x = x[torch.arange(batch).view(-1, 1, 1), :, rows.unsqueeze(2), columns.unsqueeze(1)]  # (B, H, W, 3)
-    x = x.permute(0, 3, 1, 2)  # channels last in memory, as convolutions like it
-
-    centre = torch.rand(2, batch, 1, generator=generator) * torch.tensor([height, width]).view(2, 1, 1)
-    in_rows = (torch.arange(height) - centre[0]).abs() < CUTOUT / 2
-    in_columns = (torch.arange(width) - centre[1]).abs() < CUTOUT / 2
-    return x.masked_fill((in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1), 0.0)

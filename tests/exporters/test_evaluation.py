@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from exporters.evaluation import evaluate, expected_calibration_error
+from exporters.evaluation import confusions, evaluate, expected_calibration_error, paired_loss, reliability
 from models.manifest import ExitSpec
 from models.zoo import ZOO, create_model
 
@@ -17,6 +17,36 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
 
     assert expected_calibration_error(logits, labels, 1.0) == pytest.approx(0.3, abs=1e-6)
     assert expected_calibration_error(logits, np.array([0] * 8 + [1] * 2), 1.0) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_reliability_puts_images_into_bins_of_confidence() -> None:
+    """Six images 60 % sure, four 95 % sure: two bins, each with its accuracy."""
+    logits = np.log([[0.6, 0.4]] * 6 + [[0.05, 0.95]] * 4).astype(np.float32)
+    labels = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 0])
+
+    bins = reliability(logits, labels, 1.0)
+
+    assert bins == [(pytest.approx(0.6), 0.5, 6), (pytest.approx(0.95), 0.75, 4)]
+
+
+def test_a_paired_loss_counts_only_images_on_which_the_two_differ() -> None:
+    """Of 100 images 3 are lost and 1 is won: 2 points, and the textbook's interval for paired shares."""
+    before = np.array([True] * 60 + [False] * 40)
+    after = before.copy()
+    after[:3], after[60] = False, True
+
+    loss, within = paired_loss(before, after)
+
+    assert loss == pytest.approx(0.02)
+    assert within == pytest.approx(1.96 * np.sqrt((0.04 - 0.02**2) / 100))
+    assert paired_loss(before, before) == (0.0, 0.0)
+
+
+def test_mistakes_come_most_frequent_first() -> None:
+    """Right answers are none; equal counts in the order of the classes."""
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    assert confusions(np.array([1, 1, 0, 1, 0, 0]), labels) == [(0, 1, 2), (2, 0, 2)]
+    assert confusions(labels, labels) == []
 
 
 def test_a_report_counts_what_the_exits_do() -> None:
@@ -41,7 +71,11 @@ def test_a_report_counts_what_the_exits_do() -> None:
 
     assert report["top1_by_exit"] == [0.75, 1.0, 0.75]
     assert report["agreement_with_fp32"] == 0.75
+    assert report["loss_against_fp32"]["top1"] == 0.25
+    assert report["top1_by_class"] == {"0": 1.0, "1": 0.0, "2": 1.0, "3": 0.0}
+    assert report["confusions"] == [(1, 3, 1), (3, 0, 1)]
     point = report["operating_point"]
+    assert point["loss_against_full_depth"]["top1"] == 0.25
     assert point["top1"] == 0.5  # the second leaves wrongly at exit 0, the last is wrong at exit 2
     assert point["exit_rates"] == [0.5, 0.25, 0.25]
     costs = np.cumsum([stage.gmacs for stage in stages])

@@ -122,6 +122,8 @@ def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path,
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "3"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
     arguments += ["--no-int8", "--data", "twenty drawings"]
+    (tmp_path / "classes.json").write_text('{"cat": "dog"}')
+    arguments += ["--also", f"drawings again={inputs / 'images'}", "--also-classes", str(tmp_path / "classes.json")]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["exporters", *arguments])
@@ -130,5 +132,6 @@ def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path,
     assert result.exit_code == 0, result.output
     card = (tmp_path / "test_vit" / "3" / "MODEL_CARD.md").read_text()
     assert "twenty drawings" in card
+    assert "| drawings again | 2 | fp32 |" in card
     assert str(tmp_path) not in card
     assert [variant.name for variant in ModelManifest.load(tmp_path / "test_vit" / "3").variants] == ["fp32"]

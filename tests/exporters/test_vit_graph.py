@@ -133,3 +133,48 @@ def test_calibration_images_are_spread_over_all_classes() -> None:
     """A sorted folder's first images would all be of one class."""
     assert spread(100, 5).tolist() == [0, 25, 50, 74, 99]
     assert spread(3, 10).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("case", ["bytes", "unequal means", "normalised outside"])
+def test_an_int8_stem_is_near_fp32_however_the_pixels_come(case: str) -> None:
+    """Pixels are convolved as bytes where one byte is zero in every channel; else the first convolution stays fp32."""
+    torch.manual_seed(0)
+    model = trained("vit_cifar10")
+    spec = ZOO["vit_cifar10"].preprocess
+    if case == "unequal means":
+        spec = spec.model_copy(update={"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)})
+    elif case == "bytes":
+        spec = spec.model_copy(update={"std": (0.25, 0.24, 0.26)})  # only the mean matters
+    else:
+        spec = spec.model_copy(update={"layout": "float32_nchw"})
+    pixels = golden_images(spec)
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    stem_only = [{name: r for name, r in stage.items() if name.startswith("stem.")} for stage in ranges]
+    int8, fp32 = graphs(model, spec, ranges=stem_only), graphs(model, spec)
+
+    kinds = [node.op_type for node in int8[0].graph.node]
+    assert (kinds.count("QLinearConv"), kinds.count("Conv")) == ((5, 0) if case == "bytes" else (4, 1))
+    assert "Relu" not in kinds or case != "bytes"
+    for mine, theirs in zip(run_chain(int8, pixels), run_chain(fp32, pixels), strict=True):
+        assert 0 < np.abs(mine - theirs).max() < 0.15 * np.ptp(theirs)
+
+
+def test_an_int8_stem_pads_with_what_is_zero_to_the_network() -> None:
+    """An image of the mean colour is zero everywhere, so its borders look like its middle."""
+    model = create_model("vit_cifar10").eval()
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.bias.fill_(0.25)  # else everything is zero
+    spec = ZOO["vit_cifar10"].preprocess
+    pixels = np.full((1, 32, 32, 3), 123, np.uint8)
+    exposed = graphs(model, spec, expose=True)
+    ranges = collect_ranges(exposed, pixels, CalibrationConfig())
+    stem_only = [{name: r for name, r in stage.items() if name == "stem.0" or "stem" in name} for stage in ranges]
+    first = graphs(model, spec, ranges=stem_only)[0]
+    convolution = next(node for node in first.graph.node if node.op_type == "QLinearConv")
+    first.graph.output.append(onnx.helper.make_tensor_value_info(convolution.output[0], onnx.TensorProto.UINT8, None))
+
+    features = ort.InferenceSession(first.SerializeToString()).run([convolution.output[0]], {PIXELS: pixels})[0]
+
+    assert [len(np.unique(features[:, channel])) for channel in range(32)] == [1] * 32
+    assert features.max() > 0

@@ -60,17 +60,19 @@ def test_patch_embedding_sees_each_patch_alone() -> None:
 
 @pytest.mark.parametrize(("patch_size", "tokens"), [(2, 256), (4, 64), (8, 16)])
 def test_conv_stem_gives_one_token_per_patch(patch_size: int, tokens: int) -> None:
-    """The stem halves the image as often as the patch size says."""
-    config = ViTConfig(32, patch_size, 64, 2, 4, 10, stem="conv", pooling="mean")
+    """Its strides multiply to the patch size."""
+    halvings = patch_size.bit_length() - 1
+    config = ViTConfig(32, patch_size, 64, 2, 4, 10, stem=((16, 1), *[(64, 2)] * halvings), pooling="mean")
 
     assert (1, tokens, 64) == tuple(ConvStem(config).eval()(torch.zeros(1, 3, 32, 32)).shape)
     assert tokens == config.num_tokens
 
 
-def test_conv_stem_refuses_a_patch_size_it_cannot_reach_by_halving() -> None:
-    """Six is no power of two."""
-    with pytest.raises(ValueError, match="power of two"):
-        ConvStem(ViTConfig(36, 6, 64, 2, 4, 10, stem="conv"))
+@pytest.mark.parametrize("stem", [((32, 2), (48, 2)), ((32, 2), (64, 4))], ids=["channels", "strides"])
+def test_conv_stem_that_does_not_lead_to_the_blocks_is_refused(stem: tuple[tuple[int, int], ...]) -> None:
+    """Its last channels are the width, its strides multiply to the patch size."""
+    with pytest.raises(ValueError, match="must end at 64 channels, and its strides multiply to 4"):
+        ViTConfig(32, 4, 64, 2, 4, 10, stem=stem)
 
 
 def test_class_token_comes_first_and_only_where_the_head_uses_it() -> None:

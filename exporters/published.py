@@ -1,0 +1,104 @@
+"""Measure a published version again: the figures of its card, on any labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from app.repository.store import ModelStore
+from app.runtime.cpu import has_exact_int8
+from app.runtime.ort_backend import OrtBackend
+from app.runtime.targets import TargetProfile, resolve_profile
+from app.types import FloatArray
+from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.images import read_images
+from exporters.model_card import by_class, milliseconds, mistakes, percent, points
+from models.manifest import HardwareTarget, ModelManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Remeasured:
+    """Figures of every variant that this CPU runs exactly."""
+
+    manifest: ModelManifest
+    labels: tuple[str, ...]
+    num_images: int
+    sha256: str  # of the images
+    variants: dict[str, dict[str, Any]]  # as `evaluate` gives them
+    ms_per_image: dict[str, dict[str, float]]
+
+
+def remeasure(
+    repository: Path, model: str, version: int | None, images: Path, *, classes: Mapping[str, str] | None = None
+) -> Remeasured:
+    """Every exit of every variant on the images; the version's own temperatures and thresholds.
+
+    Args:
+        classes: as `read_images`.
+
+    Raises:
+        ModelNotFound, ModelInvalid, ImageSetError: what cannot be measured.
+    """
+    stored = ModelStore(repository).open(model, version)
+    manifest = stored.manifest
+    image_set = read_images(images, stored.labels, manifest.preprocess, classes=classes)
+    profile = one_thread()
+    here = {HardwareTarget.CPU, *([HardwareTarget.CPU_VNNI] if has_exact_int8() else [])}
+    variants = [variant for variant in manifest.variants if here & set(variant.targets)]
+    backends = {variant.name: OrtBackend(stored.directory, manifest, variant.name, profile) for variant in variants}
+    exits = {variant.name: variant.exits for variant in variants}
+    logits: dict[str, list[FloatArray]] = {
+        name: logits_per_exit(backend, len(manifest.stages), image_set.pixels) for name, backend in backends.items()
+    }
+    reference = logits.get("fp32", logits[variants[0].name])[-1]
+    return Remeasured(
+        manifest,
+        stored.labels,
+        len(image_set),
+        image_set.sha256,
+        {name: evaluate(logits[name], image_set.labels, exits[name], manifest.stages, reference) for name in backends},
+        milliseconds_per_image(backends, exits, image_set.pixels),
+    )
+
+
+def one_thread() -> TargetProfile:
+    """This CPU, whatever the service would choose."""
+    profile = resolve_profile("cpu", instances=1, intra_op_threads=1)
+    return TargetProfile(profile.target, profile.providers, 1, 1)
+
+
+def print_tables(console: Console, found: Remeasured) -> None:
+    """The figures, for people."""
+    stages = len(found.manifest.stages)
+    console.print(f"{found.manifest.name}, version {found.manifest.version}, on {found.num_images} images", highlight=False)
+    accuracy = Table("variant", *(f"exit {index}" for index in range(stages)), "with exits on", "loss to fp32, full depth")
+    routing = Table(
+        "variant", *(f"leave at {index}" for index in range(stages)), "compute saved", "loss to full depth", "ms/image"
+    )
+    calibration = Table("variant", *(f"ECE, exit {index}" for index in range(stages)))
+    for name, figures in found.variants.items():
+        point, times = figures["operating_point"], found.ms_per_image[name]
+        accuracy.add_row(
+            name,
+            *(percent(value) for value in figures["top1_by_exit"]),
+            percent(point["top1"]),
+            points(figures["loss_against_fp32"]),
+        )
+        routing.add_row(
+            name,
+            *(percent(value) for value in point["exit_rates"]),
+            percent(point["compute_saved"]),
+            points(point["loss_against_full_depth"]),
+            milliseconds(times),
+        )
+        calibration.add_row(name, *(percent(value) for value in figures["ece_by_exit"]))
+    for table in (accuracy, routing, calibration):
+        console.print(table)
+    last, figures = list(found.variants.items())[-1]
+    console.print(f"By class, {last} with exits on: {by_class(figures, found.labels)}", highlight=False, soft_wrap=True)
+    console.print(f"Most frequent mistakes: {mistakes(figures, found.labels)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,47 @@
+"""What the recipe can be told, as frozen dataclasses: the defaults made the embedded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from models.training.augmentation import AugmentConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One network's run: one cosine cycle with warm-up."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float  # the highest; for the batch size given
+    weight_decay: float  # of matrices and kernels; vectors and position embeddings are spared
+    warmup_fraction: float = 0.1
+    label_smoothing: float = 0.1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    seed: int = 0
+    bf16: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig(RunConfig):
+    """The convolutional teacher: stochastic gradient descent with Nesterov's momentum."""
+
+    epochs: int = 9
+    batch_size: int = 256
+    learning_rate: float = 0.3
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    warmup_fraction: float = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig(RunConfig):
+    """The network with exits: Muon for the blocks' matrices, AdamW for the rest."""
+
+    model: str = "vit_cifar10"
+    epochs: int = 14
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    exit_weights: tuple[float, ...] = (0.6, 0.8, 1.0)  # of each exit's loss, first to last
+    distillation: float = 0.8  # share of the teacher in each exit's loss; the labels have the rest

@@ -1,0 +1,53 @@
+"""A convolutional network to learn from: it reaches in some twenty epochs what a transformer of its size does not in hundreds.
+
+A small residual network in the manner of those made to be trained in seconds (Page, How to Train Your ResNet, 2018; Jordan,
+94 % on CIFAR-10 in 3.29 seconds, arXiv 2404.00498): three groups of two convolutions, each halving the image; the second of a
+group is residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+CHANNELS = (64, 256, 256)  # of the three groups
+STEM_CHANNELS = 32
+LOGIT_SCALE = 0.125  # of the last layer's output: max-pooled features are large (Page, 2018)
+
+
+def _convolution(in_channels: int, out_channels: int, *, pool: bool = False) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)]
+    if pool:
+        layers.append(nn.MaxPool2d(2))  # before the norm: a quarter of the work
+    return nn.Sequential(*layers, nn.BatchNorm2d(out_channels), nn.GELU())
+
+
+class _Group(nn.Module):
+    """(B, C, H, W) -> (B, C', H / 2, W / 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.reduce = _convolution(in_channels, out_channels, pool=True)
+        self.residual = _convolution(out_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.reduce(x)
+        return x + self.residual(x)  # type: ignore[no-any-return]
+
+
+class ConvTeacher(nn.Module):
+    """Normalised images (B, 3, H, W) -> logits (B, C)."""
+
+    def __init__(self, num_classes: int, channels: Sequence[int] = CHANNELS) -> None:
+        super().__init__()
+        widths = (STEM_CHANNELS, *channels)
+        self.stem = _convolution(3, STEM_CHANNELS)
+        self.groups = nn.Sequential(*(_Group(before, after) for before, after in pairwise(widths)))
+        self.fc = nn.Linear(widths[-1], num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.amax(self.groups(self.stem(x)), dim=(2, 3))
+        return self.fc(x) * LOGIT_SCALE  # type: ignore[no-any-return]

@@ -1,0 +1,89 @@
+"""What is trained: optimisers over every parameter once, and losses against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from models.training.config import StudentConfig, TeacherConfig
+from models.training.learners import StudentLearner, TeacherLearner
+from models.training.teacher import ConvTeacher
+from models.zoo import ZOO
+
+ENTRY = ZOO["test_vit"]
+CONFIG = StudentConfig(model="test_vit", distillation=0.0, bf16=False)
+
+
+class FixedTeacher(TeacherLearner):
+    """Says what the test wants."""
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        super().__init__(TeacherConfig(), ENTRY)
+        self.answer = answer
+
+    def logits(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.answer]
+
+
+def test_the_teacher_gives_logits_of_any_even_image_size() -> None:
+    """Three halvings and a maximum over what is left."""
+    teacher = ConvTeacher(7, channels=(8, 8, 8)).eval()
+    assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert teacher(torch.zeros(2, 3, 64, 48)).shape == (2, 7)
+
+
+def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay() -> None:
+    """Matrices of blocks go to Muon, everything else to AdamW; none is left out or taken twice."""
+    learner = StudentLearner(CONFIG, ENTRY, None)
+    taken = [p for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    assert sorted(map(id, taken)) == sorted(map(id, learner.model.parameters()))
+    names = {id(p): name for name, p in learner.model.named_parameters()}
+    for optimizer in learner.optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                spared = p.ndim < 2 or "pos_embed" in names[id(p)] or "cls_token" in names[id(p)]
+                assert group["weight_decay"] == (0.0 if spared else CONFIG.weight_decay)
+                assert (".blocks." in names[id(p)] and p.ndim == 2) == isinstance(optimizer, torch.optim.Muon)
+
+
+def test_without_a_teacher_the_loss_is_the_weighted_cross_entropy() -> None:
+    """Of every exit, label smoothing included."""
+    learner = StudentLearner(CONFIG, ENTRY, None)
+    logits = [torch.randn(5, 10) for _ in range(3)]
+    labels = torch.tensor([1, 2, 3, 4, 5])
+
+    expected = sum(
+        weight * F.cross_entropy(z, labels, label_smoothing=0.1) for weight, z in zip((0.6, 0.8, 1.0), logits, strict=True)
+    )
+
+    torch.testing.assert_close(learner.loss(logits, torch.zeros(5, 3, 32, 32), F.one_hot(labels, 10).float()), expected)
+
+
+def test_the_teacher_counts_only_where_it_is_right() -> None:
+    """Sure of class 0 for both images: the image of class 1 learns from its label alone."""
+    said = torch.zeros(2, 10)
+    said[:, 0] = 20.0
+    teacher = FixedTeacher(said)
+    plain = StudentLearner(CONFIG, ENTRY, None)
+    taught = StudentLearner(StudentConfig(model="test_vit", distillation=1.0, bf16=False), ENTRY, teacher)
+    logits, x = [torch.randn(1, 10) for _ in range(3)], torch.zeros(1, 3, 32, 32)
+
+    def losses(label: int) -> tuple[float, float]:
+        targets = F.one_hot(torch.tensor([label]), 10).float()
+        teacher.answer = said[:1]
+        return float(plain.loss(logits, x, targets)), float(taught.loss(logits, x, targets))
+
+    right_plain, right_taught = losses(0)
+    wrong_plain, wrong_taught = losses(1)
+    assert wrong_plain == pytest.approx(wrong_taught)
+    divergence = sum(w * -float(F.log_softmax(z, 1)[0, 0]) for w, z in zip((0.6, 0.8, 1.0), logits, strict=True))
+    assert right_taught == pytest.approx(divergence, rel=1e-4)  # a sure teacher's divergence is a cross-entropy
+    assert right_taught != pytest.approx(right_plain)
+
+
+def test_distillation_without_a_teacher_is_refused() -> None:
+    """It would silently be something else."""
+    with pytest.raises(ValueError, match="needs a teacher"):
+        StudentLearner(StudentConfig(model="test_vit"), ENTRY, None)

@@ -1,0 +1,55 @@
+"""`python -m models.training`."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from models.training.__main__ import IMAGENET_CLASSES, main
+from models.training.data import hold_out, read_archive, write_held_out
+from models.zoo import CIFAR10_LABELS
+from tests.images import make_archive, make_jpeg, photo
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the two archives; one image of each class is held out."""
+    for name in ("train.zip", "test.zip"):
+        make_archive(tmp_path / name, CIFAR10_LABELS, per_class=14)
+    monkeypatch.setattr(hold_out, "__defaults__", (1,))
+    monkeypatch.setattr(write_held_out, "__defaults__", (1,))
+    return tmp_path
+
+
+def test_the_command_makes_its_directory_and_the_held_out_archive(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From two archives to a checkpoint, an archive to fit exits on, and the test accuracy of each exit."""
+    run_dir = data / "new" / "run"
+    main(["--data", str(data), "--run-dir", str(run_dir), "--model", "test_vit", "--epochs", "1", "--teacher-epochs", "0"])
+
+    assert {"checkpoint.pt", "log.jsonl", "curves.png", "config.json"} == {
+        path.name for path in (run_dir / "network").iterdir()
+    }
+    assert not (run_dir / "teacher").exists()
+    assert len(read_archive(run_dir / "held_out.zip", CIFAR10_LABELS).labels) == 10
+    assert capsys.readouterr().out.count(" %") >= 3
+
+
+def test_further_photographs_are_trained_on(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders named by WordNet's ids, as ImageNet has them, need no mapping of one's own."""
+    with zipfile.ZipFile(data / "photos.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"n02123045/{number}.jpg", make_jpeg(photo(40, 40, seed=number)))
+    arguments = ["--data", str(data), "--run-dir", str(data / "run"), "--photos", str(data / "photos.zip")]
+    main([*arguments, "--model", "test_vit", "--epochs", "1", "--teacher-epochs", "0"])
+
+    assert "3 further photographs" in capsys.readouterr().out
+
+
+def test_the_mapping_of_imagenet_names_only_classes_of_the_model() -> None:
+    """None of its folders is lost to a misspelling; every class but deer, which ImageNet lacks, has one."""
+    classes = json.loads(IMAGENET_CLASSES.read_text())
+    assert set(classes.values()) == {*CIFAR10_LABELS} - {"deer"}
+    assert all(len(name) == 9 and name[0] == "n" and name[1:].isdecimal() for name in classes)
