@@ -8,6 +8,8 @@ import numpy as np
 
 from app.types import FloatArray, LabelScore
 
+MAX_SORTED_HERE = 64  # classes
+
 
 def softmax(logits: FloatArray, temperature: float = 1.0) -> FloatArray:
     """Probabilities over the last axis of logits / temperature, float32 of the same shape (Guo et al., ICML 2017)."""
@@ -25,6 +27,14 @@ def top_k(probabilities: FloatArray, labels: Sequence[str], k: int) -> tuple[Lab
         labels: one per class.
         k: 1 .. C.
     """
-    order = np.argsort(-probabilities, kind="stable")[:k]
-    pairs = zip(order.tolist(), probabilities[order].tolist(), strict=True)
+    if len(probabilities) > MAX_SORTED_HERE:
+        order = np.argsort(-probabilities, kind="stable")[:k]
+        pairs = [*zip(order.tolist(), probabilities[order].tolist(), strict=True)]
+    else:
+        # NumPy's sort gives up the interpreter lock, and to have it back takes longer than sorting a few numbers here.
+        pairs = sorted(enumerate(probabilities.tolist()), key=_likeliest_first)[:k]
     return tuple([LabelScore(labels[index], index, probability) for index, probability in pairs])
+
+
+def _likeliest_first(pair: tuple[int, float]) -> float:
+    return -pair[1]

@@ -1,15 +1,16 @@
 """Threads that do plain work for the event loop.
 
 `concurrent.futures` would do, but its future, condition and callback chain cost as much per job as a small stage takes;
-here a job is one queue entry and one call back into the loop (docs/benchmarks.md has the ratio).
+here a job is one queue entry, and results come back to the loop several at a time (docs/benchmarks.md has the ratios).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -17,25 +18,65 @@ from app.log import get_logger
 
 log = get_logger(__name__)
 
+MAX_WAITING_RESULTS = 8
+
 P = ParamSpec("P")
 R = TypeVar("R")
+Done = Callable[[Any, BaseException | None], None]  # takes a result, or the error there was instead
 
 
-@dataclass(slots=True)
-class _Job:
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-    call: Callable[[], Any] | None  # None once its caller has gone: what it holds is freed before its turn comes
+class Job:
+    """A call that waits for a thread, or is on one."""
+
+    __slots__ = ("_call", "_done")
+
+    def __init__(self, call: Callable[[], Any], done: Done) -> None:
+        self._call: Callable[[], Any] | None = call
+        self._done: Done | None = done
+
+    def cancel(self) -> None:
+        """Nobody waits any more: the call is not made if it has not begun, and what it holds is freed now."""
+        self._call = self._done = None
+
+    def do(self) -> tuple[Any, BaseException | None]:
+        """On a thread: make the call."""
+        call = self._call
+        try:
+            return (call() if call is not None else None), None
+        except StopIteration as raised:  # a future refuses it
+            error = RuntimeError("the function raised StopIteration")
+            error.__cause__ = raised
+            return None, error
+        except BaseException as raised:  # whatever it is, the caller must see it, or it would wait for ever
+            return None, raised
+
+    def finish(self, result: Any, error: BaseException | None) -> None:
+        """On the loop: hand over what came of it."""
+        done = self._done
+        if done is not None:
+            done(result, error)
 
 
 class Workers:
-    """A fixed number of threads and one queue of jobs, first come, first served.
+    """A fixed number of threads and one queue of jobs, first come, first served; for one event loop.
 
     The queue has no limit of its own: admission bounds what is in it (docs/adr/0002).
+
+    Args:
+        num_threads: how many.
+        name: theirs.
+        max_result_delay_s: while jobs wait for a thread, a result may wait so long for others before the loop is woken for
+            all of them. Every wake takes the interpreter lock from a thread that has just got it, so under load fewer are
+            better; and what comes in together is batched together. With no job waiting, the loop is woken at once.
     """
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+    def __init__(self, num_threads: int, name: str, *, max_result_delay_s: float = 0.0) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._results: deque[tuple[Job, Any, BaseException | None]] = deque()
+        self._max_result_delay_s = max_result_delay_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._unfinished = 0  # jobs whose result the loop has not seen; only the loop counts
+        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(num_threads)
@@ -49,17 +90,30 @@ class Workers:
         Raises:
             RuntimeError: after `close`; and whatever the function raises.
         """
-        if self._closed:
-            raise RuntimeError("these threads have ended")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-        job = _Job(loop, future, lambda: function(*args, **kwargs))
-        self._jobs.put(job)
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        job = self.submit(partial(function, *args, **kwargs), partial(_resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
-            job.call = None
+            job.cancel()
             raise
+
+    def submit(self, call: Callable[[], Any], done: Done) -> Job:
+        """Make the call on a thread, then `done` on the loop, unless the job is cancelled; called on the loop.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        if self._closed:
+            raise RuntimeError("these threads have ended")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        job = Job(call, done)
+        self._unfinished += 1
+        self._jobs.put(job)
+        if self._max_result_delay_s and self._timer is None:
+            self._timer = self._loop.call_later(self._max_result_delay_s, self._on_timer)
+        return job
 
     def close(self) -> None:
         """End the threads when the jobs queued so far are done."""
@@ -71,27 +125,31 @@ class Workers:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            _do(job)
-            del job  # an idle thread holds on to nothing
+            result, error = job.do()
+            self._results.append((job, result, error))
+            del job, result, error  # an idle thread holds on to nothing
+            if not self._max_result_delay_s or len(self._results) >= MAX_WAITING_RESULTS or self._jobs.empty():
+                self._wake()
 
+    def _wake(self) -> None:
+        if self._loop is None:  # never: a job came from it
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._finish)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            log.warning("a result came after the event loop had closed")
 
-def _do(job: _Job) -> None:
-    call = job.call
-    if call is None:
-        return
-    result: Any = None
-    error: BaseException | None = None
-    try:
-        result = call()
-    except StopIteration as raised:  # a future refuses it
-        error = RuntimeError("the function raised StopIteration")
-        error.__cause__ = raised
-    except BaseException as raised:  # whatever it is, the caller must see it, or it would wait for ever
-        error = raised
-    try:
-        job.loop.call_soon_threadsafe(_resolve, job.future, result, error)
-    except RuntimeError:  # the loop was closed: nobody waits any more
-        log.warning("a result came after the event loop had closed")
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._finish()
+        if self._unfinished and self._loop is not None:
+            self._timer = self._loop.call_later(self._max_result_delay_s, self._on_timer)
+
+    def _finish(self) -> None:
+        while self._results:
+            job, result, error = self._results.popleft()
+            self._unfinished -= 1
+            job.finish(result, error)
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from app import __version__
 from app.assembly import open_service
+from app.http.direct import DirectRoutes
 from app.http.errors import install_error_handlers, unexpected_problem
 from app.http.middleware import RequestContextMiddleware
 from app.http.routes import classify, health, metrics, models, page
@@ -36,6 +37,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
     install_error_handlers(app)
+    app.add_middleware(DirectRoutes, handlers=classify.DIRECT)  # inside of what is added after it
     app.add_middleware(RequestContextMiddleware, access_log=settings.log.access, on_unexpected=unexpected_problem)
     for module in (classify, models, health, metrics, page):
         app.include_router(module.router)

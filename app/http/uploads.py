@@ -21,6 +21,7 @@ MAX_FORM_FIELDS = 16  # there are three parameters
 MAX_JSON_BRACKETS = 64  # an object and a list are needed
 MAX_FIELD_BYTES = 2**16
 BASE64_SLICE = 2**18  # characters; a multiple of 4
+NO_FIELDS = ClassifyFields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ async def read_upload(request: Request, permit: Permit, *, max_bytes: int, max_i
         return _from_json(body, max_images)
     # Anything else is one image: what it is decides its content, not its label. curl --data-binary without a header
     # says application/x-www-form-urlencoded, for one.
-    return Upload([body], ClassifyFields(), several=False)
+    return Upload([body], NO_FIELDS, several=False)
 
 
 async def _read_body(request: Request, permit: Permit, max_bytes: int) -> bytes:

@@ -201,7 +201,9 @@ def _identify(name: str, data: bytes) -> ImageFile.ImageFile:
     if name == "JPEG":
         _check_jpeg(data)
         # Image.open would also look for further pictures (MPO, as phones write it) and fail where only those are broken.
-        return JpegImagePlugin.JpegImageFile(BytesIO(data))
+        image = JpegImagePlugin.JpegImageFile(BytesIO(data))
+        image.decodermaxblock = len(data)  # in one call: each gives up the interpreter lock and waits to have it back
+        return image
     if name == "GIF":
         return _FirstOfGif(BytesIO(data))
     return Image.open(BytesIO(data), formats=(name,))

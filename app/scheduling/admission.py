@@ -58,7 +58,8 @@ class Admission:
     ) -> None:
         self.max_images = max_images
         self._max_bytes = max_bytes
-        self._metrics = metrics
+        metrics.in_flight.set_function(lambda: self._images)  # looked up when somebody asks, not set for every request
+        metrics.in_flight_bytes.set_function(lambda: self._bytes)
         self._clock = clock
         self._images = 0
         self._bytes = 0
@@ -131,8 +132,6 @@ class Admission:
         self._count()
         self._images += images
         self._bytes += num_bytes
-        self._metrics.in_flight.set(self._images)
-        self._metrics.in_flight_bytes.set(self._bytes)
 
     def _count(self) -> None:
         now = self._clock()

@@ -41,9 +41,9 @@ class DynamicBatcher:
         self._execute = execute
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
-        self._queue_size = queue_size
         self._skipped = skipped
         self._items: deque[WorkItem] = deque()
+        queue_size.set_function(self._items.__len__)  # looked up when somebody asks, not set for every item
         self._not_empty = asyncio.Event()
         self._full = asyncio.Event()  # enough for a whole batch
 
@@ -86,7 +86,6 @@ class DynamicBatcher:
 
     def _update(self) -> None:
         waiting = len(self._items)
-        self._queue_size.set(waiting)
         _set(self._not_empty, waiting > 0)
         _set(self._full, waiting >= self._max_batch_size)
 

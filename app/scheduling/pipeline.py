@@ -58,7 +58,7 @@ class StagedPipeline:
         ]
         self._loops_per_stage = executor.num_instances  # so that every instance can work on any stage
         self._loops: list[asyncio.Task[None]] = []
-        self._pending: set[WorkItem] = set()
+        self._pending: dict[asyncio.Future[PipelineResult], WorkItem] = {}
         self._closing = False
         self.failed = False  # a batch loop died: nothing can be computed any more
 
@@ -70,34 +70,42 @@ class StagedPipeline:
                 loop.add_done_callback(self._on_loop_end)
                 self._loops.append(loop)
 
-    async def submit(self, pixels: Array) -> PipelineResult:
-        """Take one image through the stages it needs; cancelling the wait abandons it.
+    def put(self, pixels: Array, future: asyncio.Future[PipelineResult]) -> None:
+        """Take one image through the stages it needs; cancelling the future abandons it.
 
         Args:
             pixels: what stage 0 takes, without the batch axis.
+            future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline cannot run any more.
+        """
+        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter())
+        if self.failed or self._closing:
+            item.fail(InferenceFailed("the model does not run any more"))
+            return
+        self._pending[future] = item
+        future.add_done_callback(self._forget)
+        self._batchers[0].put(item)
+
+    async def submit(self, pixels: Array) -> PipelineResult:
+        """As `put`, and wait for the result.
 
         Raises:
-            InferenceFailed: the run of its batch failed, or the pipeline cannot run any more.
+            InferenceFailed: as `put`.
         """
-        if self.failed or self._closing:
-            raise InferenceFailed("the model does not run any more")
-        future = asyncio.get_running_loop().create_future()
-        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter())
-        self._pending.add(item)
-        self._batchers[0].put(item)
-        try:
-            return await item.future
-        finally:
-            self._pending.discard(item)
+        future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
+        self.put(pixels, future)
+        return await future
 
     async def close(self) -> None:
         """Let work in flight finish, then end the loops."""
         self._closing = True
         if self._pending:
-            await asyncio.wait([item.future for item in self._pending])
+            await asyncio.wait([*self._pending])
         for loop in self._loops:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
+
+    def _forget(self, future: asyncio.Future[PipelineResult]) -> None:
+        del self._pending[future]
 
     def _forward(self, item: WorkItem, stage: int) -> None:
         item.queued_at = time.perf_counter()
@@ -109,7 +117,7 @@ class StagedPipeline:
         error = None if loop.cancelled() else loop.exception()
         log.error("a batch loop ended; the model cannot serve any more", loop=loop.get_name(), exc_info=error)
         self.failed = True
-        for item in self._pending:
+        for item in self._pending.values():
             item.fail(InferenceFailed("the model stopped running"))
 
 
@@ -172,4 +180,6 @@ class _Stage:
 
 
 def _stack(batch: Sequence[WorkItem]) -> dict[str, Array]:
+    if len(batch) == 1:  # no copy: NumPy would give up the interpreter lock for it
+        return {name: value[np.newaxis] for name, value in batch[0].inputs.items()}
     return {name: np.stack([item.inputs[name] for item in batch]) for name in batch[0].inputs}

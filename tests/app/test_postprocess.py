@@ -54,3 +54,15 @@ def test_equal_probabilities_keep_the_order_of_their_index(k: int) -> None:
     scores = top_k(np.full(4, 0.25, dtype=np.float32), LABELS, k)
 
     assert list(range(k)) == [score.index for score in scores]
+
+
+@pytest.mark.parametrize("num_classes", [10, 64, 65, 1000])
+def test_many_classes_and_few_are_ordered_alike(num_classes: int) -> None:
+    """Two ways of sorting, one order: by probability, equal ones by index."""
+    probabilities = np.random.default_rng(0).integers(0, 20, num_classes).astype(np.float32)
+    expected = sorted(range(num_classes), key=lambda index: (-probabilities[index], index))[:7]
+
+    scores = top_k(probabilities, [str(index) for index in range(num_classes)], 7)
+
+    assert expected == [score.index for score in scores]
+    assert [float(probabilities[index]) for index in expected] == [score.probability for score in scores]

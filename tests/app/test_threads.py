@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -69,3 +70,56 @@ async def test_closed_threads_refuse_and_have_done_what_was_queued() -> None:
     assert await asyncio.gather(*jobs) == [0, 1, 2, 3, 4]
     with pytest.raises(RuntimeError, match="ended"):
         await workers.run(lambda: None)
+
+
+async def test_a_result_does_not_wait_for_a_long_job_behind_it() -> None:
+    """Results may wait for others, but only so long: the first caller has its answer while the second job still runs."""
+    workers = Workers(1, "test", max_result_delay_s=0.002)
+    release = threading.Event()
+
+    first = asyncio.create_task(workers.run(lambda: 1))
+    others = [asyncio.create_task(workers.run(release.wait, 10)) for _ in range(2)]
+    assert await asyncio.wait_for(first, 10) == 1
+    assert not any(task.done() for task in others)
+    release.set()
+
+    assert await asyncio.gather(*others) == [True, True]
+    workers.close()
+
+
+async def test_the_last_result_wakes_the_loop_at_once() -> None:
+    """Nothing to wait for: with a delay of a minute every job is answered, the last one by itself."""
+    workers = Workers(2, "test", max_result_delay_s=60.0)
+
+    async with asyncio.timeout(10):
+        assert await asyncio.gather(*(workers.run(lambda x: -x, x) for x in range(50))) == [-x for x in range(50)]
+        assert await workers.run(lambda: 7) == 7
+    workers.close()
+
+
+async def test_callbacks_get_result_or_error_on_the_loop_and_cancelled_jobs_none() -> None:
+    """What `run` is made of, for those who need no coroutine."""
+    workers = Workers(1, "test")
+    started, release = threading.Event(), threading.Event()
+    seen: list[tuple[str, object, int]] = []
+
+    def note(name: str) -> Callable[[object, BaseException | None], None]:
+        return lambda result, error: seen.append((name, error or result, threading.get_ident()))
+
+    def hold() -> str:
+        started.set()
+        release.wait(10)
+        return "held"
+
+    workers.submit(hold, note("first"))
+    cancelled = workers.submit(lambda: "never", note("second"))
+    workers.submit(lambda: 1 // 0, note("third"))
+    await asyncio.to_thread(started.wait, 10)
+    cancelled.cancel()
+    release.set()
+    await workers.run(lambda: None)  # behind the others
+    workers.close()
+
+    assert [(name, ident) for name, _, ident in seen] == [(name, threading.get_ident()) for name in ("first", "third")]
+    assert seen[0][1] == "held"
+    assert isinstance(seen[1][1], ZeroDivisionError)

@@ -13,20 +13,30 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from app.exits import ExitPolicy
-from app.imaging.preprocess import load_pixels
+from app.imaging.preprocess import Pixels, load_pixels, preprocess
 from app.runtime.backend import Backend
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.targets import resolve_profile
 from app.types import Array
-from models.manifest import PIXELS, ModelManifest
+from models.manifest import PIXELS, ModelManifest, PreprocessSpec
 from tests.bench.images import read_folder
+
+
+def decode_by_hand(data: bytes, spec: PreprocessSpec) -> Pixels:
+    """As most people write it: the whole picture decoded by Pillow, resized, then cropped; no limits, no reduced scale."""
+    image = Image.open(BytesIO(data)).convert("RGB")
+    short = min(image.size)
+    size = (spec.resize * image.width // short, spec.resize * image.height // short)
+    return preprocess(np.asarray(image.resize(size, Image.Resampling[spec.interpolation.upper()])), spec)
 
 
 class PlainLoop:
@@ -60,11 +70,13 @@ class PlainLoop:
     def num_threads(self) -> int:
         return len(self._backends)
 
-    def classify(self, images: Sequence[bytes], thread: int = 0) -> npt.NDArray[np.int64]:
-        """Decode the images and run the stages each of them needs: the stage after which it left, int64 (B,)."""
-        inputs: dict[str, Array] = {
-            PIXELS: np.stack([load_pixels(data, self._spec, max_pixels=self._max_pixels) for data in images])
-        }
+    def classify(self, images: Sequence[bytes], thread: int = 0, *, by_hand: bool = False) -> npt.NDArray[np.int64]:
+        """Decode the images and run the stages each of them needs: the stage after which it left, int64 (B,).
+
+        Args:
+            by_hand: decode as `decode_by_hand`, not as the service does.
+        """
+        inputs: dict[str, Array] = {PIXELS: np.stack([self._decode(data, by_hand) for data in images])}
         exits = np.zeros(len(images), dtype=np.int64)
         rows = np.arange(len(images))  # which images are still on their way
         for stage in range(self._policy.num_stages):
@@ -77,7 +89,7 @@ class PlainLoop:
             inputs = {name: value[~leave] for name, value in output.state.items()}
         return exits
 
-    def throughput(self, *, seconds: float, ramp_s: float = 0.0) -> dict[str, Any]:
+    def throughput(self, *, seconds: float, ramp_s: float = 0.0, by_hand: bool = False) -> dict[str, Any]:
         """Images per second of all threads, each taking the next chunk, in a window after `ramp_s`.
 
         Returns:
@@ -93,7 +105,7 @@ class PlainLoop:
             try:
                 finished_at = started
                 while finished_at < end and not failures:
-                    exits = self.classify(self._chunk(next(chunks)), thread)
+                    exits = self.classify(self._chunk(next(chunks)), thread, by_hand=by_hand)
                     finished_at = time.monotonic()
                     done.append((finished_at, exits))
             except BaseException as error:
@@ -123,6 +135,9 @@ class PlainLoop:
             self.classify([data])
             latencies_s.append(time.perf_counter() - started)
         return {"latencies_s": latencies_s}
+
+    def _decode(self, data: bytes, by_hand: bool) -> Pixels:
+        return decode_by_hand(data, self._spec) if by_hand else load_pixels(data, self._spec, max_pixels=self._max_pixels)
 
     def _chunk(self, number: int) -> list[bytes]:
         first = number * self._chunk_size
@@ -163,7 +178,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if command["do"] == "throughput":
-            _say(loop.throughput(seconds=command["seconds"], ramp_s=command["ramp_s"]))
+            _say(loop.throughput(seconds=command["seconds"], ramp_s=command["ramp_s"], by_hand=command["by_hand"]))
         else:
             _say(loop.latency(command["num_images"]))
 

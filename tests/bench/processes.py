@@ -164,9 +164,9 @@ class PlainLoopProcess:
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.threads = int(self._read()["threads"])
 
-    def throughput(self, *, seconds: float, ramp_s: float) -> dict[str, Any]:
+    def throughput(self, *, seconds: float, ramp_s: float, by_hand: bool = False) -> dict[str, Any]:
         """See `PlainLoop.throughput`."""
-        return self._ask({"do": "throughput", "seconds": seconds, "ramp_s": ramp_s})
+        return self._ask({"do": "throughput", "seconds": seconds, "ramp_s": ramp_s, "by_hand": by_hand})
 
     def latency(self, *, num_images: int) -> list[float]:
         """Latencies of single images, in seconds."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from app.imaging.preprocess import load_pixels
 from app.types import Array, StageOutput
 from models.manifest import ModelManifest
-from tests.bench.inprocess import PlainLoop
-from tests.images import make_png
+from tests.bench.inprocess import PlainLoop, decode_by_hand
+from tests.images import make_jpeg, make_png, photo
 
 NUM_STAGES = 3
 
@@ -115,3 +116,14 @@ def test_failure_in_a_thread_is_raised() -> None:
     """A loop that does no work must not look fast."""
     with pytest.raises(RuntimeError, match="the engine failed"):
         loop_over([0], BrightnessBackend(fails=True), threads=2).throughput(seconds=0.05)
+
+
+def test_decoding_by_hand_gives_the_same_image() -> None:
+    """The whole picture and the reduced one differ by what reducing may cost, and not in what they show."""
+    spec = manifest().preprocess.model_copy(update={"resize": 32, "crop": (32, 32), "interpolation": "bicubic"})
+    data = make_jpeg(photo(400, 300))
+
+    by_hand, served = decode_by_hand(data, spec), load_pixels(data, spec, max_pixels=10**6)
+
+    assert by_hand.shape == served.shape
+    assert np.abs(by_hand.astype(int) - served).mean() < 2  # grey levels; docs/adr/0008 has the bound

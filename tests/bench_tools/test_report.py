@@ -69,8 +69,8 @@ def test_synthetic_photos_are_like_photos(tmp_path: Path) -> None:
     for data in images:
         with Image.open(io.BytesIO(data)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (500, 375))
-        assert 35_000 < len(data) < 65_000
-    assert describe(images, synthetic=True).startswith("4 synthetic photo-like JPEGs of quality 87, 500 x 375 pixels, ")
+        assert 80_000 < len(data) < 170_000
+    assert describe(images, synthetic=True).startswith("4 synthetic photo-like JPEGs of quality 95, 500 x 375 pixels, ")
 
 
 def test_folder_without_images(tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ async def _handle(request: Request) -> Response:
         metrics.request_duration.labels(label).observe(time.perf_counter() - started)
 
 
+DIRECT = {("POST", "/v1/classify"): _handle}
+
+
 def _query(request: Request) -> tuple[str | None, int | None, int | None]:
     if not request.scope["query_string"]:
         return None, None, None

@@ -1,0 +1,61 @@
+"""The short way answers as the long one does."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from app.errors import Overloaded
+from app.http.direct import DirectRoutes
+from tests.app.http.served import CLASSIFY, JPEG, Served, check_problem
+
+pytestmark = pytest.mark.anyio
+
+
+async def answer(request: Request) -> Response:
+    """What the short way says."""
+    if request.query_params:
+        raise Overloaded("too much", retry_after_s=2.5)
+    return PlainTextResponse("short")
+
+
+@pytest.fixture
+def client() -> httpx.AsyncClient:
+    """An application that has the same route itself."""
+
+    async def long(_request: Request) -> Response:
+        return PlainTextResponse("long")
+
+    app = Starlette(routes=[Route("/x", long, methods=["GET", "POST"])])
+    direct = DirectRoutes(app, handlers={("POST", "/x"): answer})
+    return httpx.AsyncClient(transport=httpx.ASGITransport(direct), base_url="http://test")
+
+
+async def test_only_the_very_method_and_path_go_the_short_way(client: httpx.AsyncClient) -> None:
+    """Another method and another path are the application's."""
+    assert (await client.post("/x")).text == "short"
+    assert (await client.get("/x")).text == "long"
+    assert (await client.post("/y")).status_code == 404
+
+
+async def test_errors_of_the_service_become_problems(client: httpx.AsyncClient) -> None:
+    """With the header that belongs to them."""
+    response = await client.post("/x?a=1")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "3")
+    assert response.json()["code"] == "overloaded"
+
+
+async def test_under_a_prefix_the_application_answers_likewise(served: Served) -> None:
+    """`root_path` makes the path another one; what comes back is the same."""
+    transport = httpx.ASGITransport(served.app, root_path="/prefix")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        long = await client.post("/prefix" + CLASSIFY, content=JPEG)
+        bad = await client.post("/prefix" + CLASSIFY, content=b"text")
+    short = await served.classify(JPEG)
+
+    assert [r["predictions"] for r in long.json()["results"]] == [r["predictions"] for r in short.json()["results"]]
+    check_problem(bad, 415, "unsupported_image")
