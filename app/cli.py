@@ -1,4 +1,4 @@
-"""The command `fovea`: serve, predict, models, check, and the exporter's commands where its extra is installed."""
+"""The command `fovea`: serve, predict, models, check, and the exporter's export and evaluate where its extra is installed."""
 
 from __future__ import annotations
 
@@ -140,16 +140,30 @@ def check(repository: Repository = None) -> None:
         )
 
 
-@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+# Their options and their help are the exporter's.
+_HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@cli.command(context_settings=_HANDED_ON)
 def export(context: typer.Context) -> None:
     """Make a published version out of a trained network (needs the `export` extra)."""
+    _exporter("export", context.args)
+
+
+@cli.command(context_settings=_HANDED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measure a published version on labelled images (needs the `export` extra)."""
+    _exporter("evaluate", context.args)
+
+
+def _exporter(command: str, arguments: list[str]) -> None:
     try:
         from exporters.cli import app as exporter
     except ModuleNotFoundError as error:
-        command = escape("pip install 'fovea[cpu,export]'")
-        err.print(f"[red]exporting needs the package {error.name}:[/] {command}", soft_wrap=True, highlight=False)
+        install = escape("pip install 'fovea[cpu,export]'")
+        err.print(f"[red]this needs the package {error.name}:[/] {install}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
-    exporter(["export", *context.args], prog_name="fovea")
+    exporter([command, *arguments], prog_name="fovea")
 
 
 def _settings(repository: Path | None, *, host: str | None = None, port: int | None = None) -> Settings:

@@ -12,6 +12,8 @@ from PIL.ExifTags import Base
 JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # the other markers stand alone, inside the pixels' data
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
+_SEQUENTIAL_FRAMES = {0xC0, 0xC1, 0xC9}  # baseline, extended; the same with arithmetic coding
+_OTHER_FRAMES = {0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # progressive, lossless, hierarchical
 _FIXED_BYTES = 6 * 2**20  # tables and buffers of a decoder, rows of the resize, a band converted; whatever the size
 _SMALL_BYTES = 2**20  # not worth a closer look
 # Bytes per pixel while the decoder runs, where that is more than the picture itself: libwebp holds two canvases, a frame,
@@ -49,6 +51,23 @@ def jpeg_segments(data: bytes) -> Iterator[re.Match[bytes]]:
     while (segment := JPEG_SEGMENT.search(data, position)) and segment[0] != END_OF_IMAGE:
         yield segment
         position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2])  # its length, these two included
+
+
+def has_one_scan(data: bytes) -> bool:
+    """Told by the head of a JPEG: sequential, and every channel in the first scan. libjpeg then stops behind it.
+
+    False where it cannot be told. The head is a few segments; to count scans takes a search through all of the file.
+    """
+    num_channels = None
+    for segment in jpeg_segments(data):
+        marker, start = segment[0][1], segment.end()
+        if marker in _SEQUENTIAL_FRAMES and num_channels is None:
+            num_channels = data[start + 7 : start + 8]
+        elif marker in _OTHER_FRAMES or marker in _SEQUENTIAL_FRAMES:
+            return False
+        elif segment[0] == START_OF_SCAN:
+            return data[start + 2 : start + 3] == num_channels
+    return False
 
 
 def _bytes_per_pixel(mode: str) -> int:

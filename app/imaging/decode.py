@@ -23,7 +23,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from app.errors import ImageTooLarge, InferenceFailed, InvalidImage, ServiceError, UnsupportedImage
 from app.imaging.budget import DecodeBudget
-from app.imaging.cost import START_OF_SCAN, decode_cost, jpeg_segments
+from app.imaging.cost import START_OF_SCAN, decode_cost, has_one_scan, jpeg_segments
 
 _PLUGINS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP", "AVIF": "AVIF"}
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif"}  # a Pillow may be built without them
@@ -211,7 +211,7 @@ def _identify(name: str, data: bytes) -> ImageFile.ImageFile:
 
 def _check_jpeg(data: bytes) -> None:
     """Refuse more passes over the picture than any encoder writes: ten bytes can ask for another one."""
-    if data.count(START_OF_SCAN) <= _MAX_JPEG_SCANS:
+    if has_one_scan(data) or data.count(START_OF_SCAN) <= _MAX_JPEG_SCANS:
         return
     # Perhaps not all are scans: a phone appends a video, and metadata may hold any bytes. So go from segment to segment.
     num_scans = 0

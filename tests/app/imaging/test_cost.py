@@ -16,8 +16,9 @@ from PIL import Image
 
 from app.errors import InferenceFailed, InvalidImage
 from app.imaging import decode, preprocess
+from app.imaging.cost import START_OF_SCAN, has_one_scan
 from app.imaging.decode import FORMATS
-from tests.images import encode, make_png, orientation_exif, photo, png_chunk, truncated
+from tests.images import encode, make_jpeg, make_png, orientation_exif, photo, png_chunk, truncated
 from tests.peak_memory import SPEC
 
 SIDE = 2000  # 4 megapixels: 16 MB in Pillow, so that what is multiplied by pixels stands out from what is not
@@ -170,3 +171,20 @@ def test_running_out_of_memory_is_not_the_files_fault(place: str, monkeypatch: p
         preprocess.load_pixels(make_png(), SPEC, max_pixels=10**6)
 
     assert isinstance(caught.value.__cause__, MemoryError)
+
+
+def test_one_scan_is_told_by_the_head_of_a_jpeg() -> None:
+    """Colour and grey; not progressive files, not those whose first scan lacks a channel, not what cannot be told."""
+    colour, grey = make_jpeg(), make_jpeg(photo()[..., 0])
+    scan = colour.index(START_OF_SCAN)
+    of_one_channel = bytearray(colour)
+    of_one_channel[scan + 4] = 1
+    second_frame = colour[:scan] + b"\xff\xc2\x00\x0b\x08\x00\x01\x00\x01\x01\x01\x11\x00" + colour[scan:]
+
+    assert has_one_scan(colour)
+    assert has_one_scan(grey)
+    assert not has_one_scan(make_jpeg(progressive=True))
+    assert not has_one_scan(bytes(of_one_channel))
+    assert not has_one_scan(second_frame)
+    assert not has_one_scan(colour[: scan + 4])
+    assert not has_one_scan(b"\xff\xd8")
