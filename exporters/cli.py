@@ -13,10 +13,13 @@ from rich.console import Console
 from app.errors import ServiceError
 from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
-from exporters.images import ImageSetError
-from exporters.published import print_tables, remeasure
+from exporters.images import ImageSetError, classes_by_folder
+from exporters.published import from_report, print_tables, remeasure
 from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
+from exporters.sources.base import SourceError
+from exporters.sources.timm_vit import TimmSource
+from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
 from models.weights import WeightsError
 from models.zoo import ZOO
@@ -31,11 +34,16 @@ def _group() -> None:
 
 @app.command()
 def export(
-    weights: Annotated[Path, typer.Option(exists=True, dir_okay=False, help=".safetensors, or a training checkpoint.")],
+    weights: Annotated[Path, typer.Option(exists=True, dir_okay=False, help=".safetensors, a checkpoint, a state dict.")],
     calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits and INT8 on.")],
     test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
     version: Annotated[int, typer.Option(min=1, help="Number of the new version.")],
-    model: Annotated[str, typer.Option(help="Name of the zoo.")] = "vit_cifar10",
+    model: Annotated[str, typer.Option(help="Name to publish under, and the network's in the zoo.")] = "vit_cifar10",
+    timm_config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The weights are timm's; this is their config.json.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(exists=True, help="With --timm-config: a label a line, in order.")] = None,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
@@ -45,42 +53,78 @@ def export(
     training: Annotated[str, typer.Option(help="A sentence on the training, for the model card.")] = "not stated",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
 ) -> None:
-    """Export a network of the zoo, stage by stage, in fp32 and INT8, with fitted exits."""
+    """Export a network, stage by stage, in fp32 and INT8, with fitted exits: one of the zoo, or a ViT as timm keeps it."""
     console = Console()
-    if model not in ZOO:
-        console.print(f"[red]no model called {model!r}; there are {', '.join(sorted(ZOO))}[/]")
-        raise typer.Exit(2)
-    others = {name: Path(path) for name, _, path in (text.partition("=") for text in also or [])}
-    if missing := [name for name, path in others.items() if not path.exists()]:
-        console.print(f"[red]there are no images called {', '.join(missing)}; say --also NAME=PATH[/]")
-        raise typer.Exit(2)
-    config = ExportConfig(
-        model=model,
-        weights=weights,
-        calibration_images=calibration,
-        test_images=test,
-        repository=repository,
-        version=version,
-        other_images=others,
-        other_classes=None if also_classes is None else json.loads(also_classes.read_text()),
-        int8=int8,
-        exits=ExitConfig(max_accuracy_drop=max_drop / 100),
-        data=data,
-        training=training,
-        licence=licence,
-        command=shlex.join(
-            ["python", "-m", "exporters", "export", "--model", model, "--version", str(version), "--max-drop", f"{max_drop:g}"]
-            + ["--weights", weights.name, "--calibration", calibration.name, "--test", test.name]  # no folders of this machine
-            + ([] if int8 else ["--no-int8"])
-        ),
-    )
     try:
+        names = _labels_of(model, timm_config, labels)
+        config = ExportConfig(
+            name=model,
+            source=ZooSource(model, weights) if timm_config is None else TimmSource(weights, timm_config, names),
+            calibration_images=calibration,
+            test_images=test,
+            repository=repository,
+            version=version,
+            folders=None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))},
+            other_images=_named_paths(also or []),
+            other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
+            int8=int8,
+            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            data=data,
+            training=training,
+            licence=licence,
+            command=_repeated(
+                {
+                    "--model": model,
+                    "--version": version,
+                    "--max-drop": f"{max_drop:g}",
+                    "--timm-config": timm_config,
+                    "--labels": labels,
+                    "--folders": folders,
+                    "--weights": weights,
+                    "--calibration": calibration,
+                    "--test": test,
+                    "--also-classes": also_classes,
+                },
+                flags=[] if int8 else ["--no-int8"],
+            ),
+        )
         with console.status("exporting"):
             directory = run(config, lambda step: console.print(f"· {step}"))
-    except (AlreadyPublished, ImageSetError, ValidationError, WeightsError) as error:
+    except (AlreadyPublished, ImageSetError, SourceError, ValidationError, WeightsError, json.JSONDecodeError) as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
+    print_tables(console, from_report(directory))
     console.print(f"published {directory}", soft_wrap=True)
+
+
+def _labels_of(model: str, timm_config: Path | None, labels: Path | None) -> tuple[str, ...]:
+    if timm_config is not None:
+        if labels is None:
+            raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
+        return tuple(_lines(labels))
+    if model not in ZOO:
+        raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
+    return ZOO[model].labels
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().rstrip("\n").split("\n")
+
+
+def _named_paths(texts: list[str]) -> dict[str, Path]:
+    paths = {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise ImageSetError(f"there are no images called {', '.join(missing)}; say --also NAME=PATH")
+    return paths
+
+
+def _repeated(options: dict[str, object], flags: list[str]) -> str:
+    """The command for the card: files by name only, no folders of this machine."""
+    words = ["python", "-m", "exporters", "export"]
+    for option, value in options.items():
+        if value is not None:
+            words += [option, value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words + flags)
 
 
 @app.command()
@@ -92,6 +136,7 @@ def evaluate(
     classes: Annotated[
         Path | None, typer.Option(exists=True, help="JSON object {folder: class}, where folders have other names.")
     ] = None,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="Or the folder of each class, one a line.")] = None,
     diagram: Annotated[Path | None, typer.Option(help="Write a reliability diagram here (.png or .svg).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
 ) -> None:
@@ -100,7 +145,8 @@ def evaluate(
     try:
         mapping = None if classes is None else json.loads(classes.read_text())
         with console.status("measuring"):
-            found = remeasure(repository, model, version, images, classes=mapping)
+            names = None if folders is None else _lines(folders)
+            found = remeasure(repository, model, version, images, classes=mapping, folders=names)
     except (ImageSetError, ServiceError, json.JSONDecodeError) as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error

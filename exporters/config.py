@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from exporters.sources.base import Source
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationConfig:
@@ -35,14 +37,15 @@ class ExitConfig:
 class ExportConfig:
     """One export: what, from which weights, with which images, to where."""
 
-    model: str  # a name of the zoo
-    weights: Path  # .safetensors, or a training checkpoint
+    name: str  # of the published model
+    source: Source
     calibration_images: Path  # folder or zip of <class>/<file>; never part of the training images
     test_images: Path  # the same form; only ever measured on
     repository: Path
     version: int
+    folders: Mapping[str, int] | None = None  # the class of each folder of images; None: folders are labels
     other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
-    other_classes: Mapping[str, str] | None = None  # the label of each of their folders; None: folders are labels
+    other_folders: Mapping[str, int] | None = None  # likewise, of those
     int8: bool = True
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)

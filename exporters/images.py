@@ -36,27 +36,23 @@ class ImageSet:
 
 
 def read_images(
-    path: Path, labels: Sequence[str], spec: PreprocessSpec, *, classes: Mapping[str, str] | None = None
+    path: Path, labels: Sequence[str], spec: PreprocessSpec, *, folders: Mapping[str, int] | None = None
 ) -> ImageSet:
     """Read `<class>/<file>` from a folder or a zip archive, in the order of names.
 
     Args:
-        classes: where given, the label of each folder; folders it does not name are passed over. Else folders are labels.
+        folders: where given, the class of each folder; folders it does not name are passed over. Else folders are labels.
 
     Raises:
         ImageSetError: when there are none, a class is unknown, or a file is not an image.
     """
-    index = {label: number for number, label in enumerate(labels)}
-    if unknown := set(classes.values()) - set(labels) if classes else None:
-        raise ImageSetError(f"folders are mapped to {', '.join(sorted(unknown))}, which the model does not know")
+    index = folders if folders is not None else {label: number for number, label in enumerate(labels)}
     pixels, targets, digest = [], [], hashlib.sha256()
     for name, read in _files(path):
         label = name.split("/")[-2] if "/" in name else ""
-        if classes is not None:
-            if label not in classes:
-                continue
-            label = classes[label]
         if label not in index:
+            if folders is not None:
+                continue
             raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
         data = read()
         try:
@@ -66,8 +62,22 @@ def read_images(
         targets.append(index[label])
         digest.update(data)
     if not pixels:
-        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>" + (" that are mapped" if classes else ""))
+        where = " in a folder that is mapped" if folders else ""
+        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>{where}")
     return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
+
+
+def classes_by_folder(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
+    """{folder: label} as {folder: class}.
+
+    Raises:
+        ImageSetError: a folder is mapped to something that is none of the labels, or to one that several classes have.
+    """
+    if unknown := set(mapping.values()) - set(labels):
+        raise ImageSetError(f"folders are mapped to {', '.join(sorted(unknown))}, which the model does not know")
+    if twice := sorted(label for label in set(mapping.values()) if list(labels).count(label) > 1):
+        raise ImageSetError(f"several classes are called {', '.join(twice)}; give the folders in the classes' order instead")
+    return {folder: list(labels).index(label) for folder, label in mapping.items()}
 
 
 def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from app.runtime.ort_backend import OrtBackend
 from app.runtime.targets import TargetProfile, resolve_profile
 from app.types import FloatArray
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
-from exporters.images import read_images
+from exporters.images import classes_by_folder, read_images
 from exporters.model_card import by_class, milliseconds, mistakes, percent, points
 from models.manifest import HardwareTarget, ModelManifest
 
@@ -34,19 +35,28 @@ class Remeasured:
 
 
 def remeasure(
-    repository: Path, model: str, version: int | None, images: Path, *, classes: Mapping[str, str] | None = None
+    repository: Path,
+    model: str,
+    version: int | None,
+    images: Path,
+    *,
+    classes: Mapping[str, str] | None = None,
+    folders: Sequence[str] | None = None,
 ) -> Remeasured:
     """Every exit of every variant on the images; the version's own temperatures and thresholds.
 
     Args:
-        classes: as `read_images`.
+        classes: the label of each folder of images; folders it does not name are passed over.
+        folders: or the folder of each class, in the order of the classes. Neither: folders are labels.
 
     Raises:
         ModelNotFound, ModelInvalid, ImageSetError: what cannot be measured.
     """
     stored = ModelStore(repository).open(model, version)
     manifest = stored.manifest
-    image_set = read_images(images, stored.labels, manifest.preprocess, classes=classes)
+    numbers = None if folders is None else {folder: number for number, folder in enumerate(folders)}
+    numbers = numbers if classes is None else classes_by_folder(classes, stored.labels)
+    image_set = read_images(images, stored.labels, manifest.preprocess, folders=numbers)
     profile = one_thread()
     here = {HardwareTarget.CPU, *([HardwareTarget.CPU_VNNI] if has_exact_int8() else [])}
     variants = [variant for variant in manifest.variants if here & set(variant.targets)]
@@ -64,6 +74,15 @@ def remeasure(
         {name: evaluate(logits[name], image_set.labels, exits[name], manifest.stages, reference) for name in backends},
         milliseconds_per_image(backends, exits, image_set.pixels),
     )
+
+
+def from_report(directory: Path) -> Remeasured:
+    """What the export measured on its test images."""
+    manifest = ModelManifest.load(directory)
+    labels = tuple((directory / manifest.labels_file).read_text().splitlines())
+    report = json.loads((directory / "report.json").read_text())
+    tested = report["tested_on"]
+    return Remeasured(manifest, labels, tested["images"], tested["sha256"], report["variants"], report["ms_per_image"])
 
 
 def one_thread() -> TargetProfile:

@@ -27,13 +27,12 @@ from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
 from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
+from exporters.sources.base import Network
 from exporters.staging import stage_specs
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_graph import ActivationRange, stage_graph
 from models.manifest import LOGITS, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
 from models.multi_exit import MultiExitViT, Stage
-from models.weights import load_weights
-from models.zoo import ZOO, create_model
 
 FP32, INT8 = "fp32", "int8"
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
@@ -61,44 +60,42 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
     """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
 
     Raises:
-        AlreadyPublished, ImageSetError, WeightsError, ValidationError: nothing is published then.
+        AlreadyPublished, SourceError, ImageSetError, WeightsError, ValidationError: nothing is published then.
     """
     if config.int8 and not has_exact_int8():
         raise ValidationError(
             "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
             "export on one with VNNI, or without INT8 (--no-int8)"
         )
-    entry = ZOO[config.model]
-    with build_directory(config.repository, config.model, config.version) as build:
+    with build_directory(config.repository, config.name, config.version) as build:
         progress("loading weights")
-        model = create_model(config.model)
-        weights_sha256 = load_weights(model, config.weights)
-        model.eval()
+        network = config.source.load()
+        model, spec = network.model, network.preprocess
         progress("reading images")
-        fitting = read_images(config.calibration_images, entry.labels, entry.preprocess)
-        test = read_images(config.test_images, entry.labels, entry.preprocess)
+        fitting = read_images(config.calibration_images, network.labels, spec, folders=config.folders)
+        test = read_images(config.test_images, network.labels, spec, folders=config.folders)
         others = {
-            name: read_images(path, entry.labels, entry.preprocess, classes=config.other_classes)
+            name: read_images(path, network.labels, spec, folders=config.other_folders)
             for name, path in config.other_images.items()
         }
         variants = [FP32, INT8] if config.int8 else [FP32]
 
         progress("writing fp32 stages")
-        write_stages(build / FP32, _graphs(model, entry.preprocess))
+        write_stages(build / FP32, _graphs(model, spec))
         if INT8 in variants:
             progress("calibrating and writing int8 stages")
-            exposed = _graphs(model, entry.preprocess, expose=True)
+            exposed = _graphs(model, spec, expose=True)
             ranges = collect_ranges(exposed, fitting.pixels, config.calibration)
-            write_stages(build / INT8, _graphs(model, entry.preprocess, ranges=ranges))
+            write_stages(build / INT8, _graphs(model, spec, ranges=ranges))
 
-        (build / LABELS_FILE).write_text("\n".join(entry.labels) + "\n")
+        (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
-        draft = _manifest(config, model, entry.preprocess, build, {name: _no_exits(model) for name in variants}, {})
+        draft = _manifest(config, model, spec, build, {name: _no_exits(model) for name in variants}, {})
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
         progress("validating against PyTorch")
-        golden = golden_images(entry.preprocess)
-        difference = validate(backends[FP32], draft.stages, model, entry.preprocess, golden)
+        golden = golden_images(spec)
+        difference = validate(backends[FP32], draft.stages, model, spec, golden)
         write_golden(build / GOLDEN_FILE, golden, backends, draft)
 
         progress("fitting exits and evaluating")
@@ -115,12 +112,12 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
             for name, backend in backends.items()
         }
         report = _report(fitted, draft, fitting, test, others, difference)
-        provenance = _provenance(config, weights_sha256, fitting, test)
+        provenance = _provenance(config, network, fitting, test)
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (build / "MODEL_CARD.md").write_text(model_card(config, draft, entry.labels, report, provenance))
+        (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
-        return publish(build, _manifest(config, model, entry.preprocess, build, exits, provenance), config.repository)
+        return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
 
 
 def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
@@ -199,7 +196,7 @@ def _manifest(
         for name, variant_exits in exits.items()
     )
     return ModelManifest(
-        name=config.model,
+        name=config.name,
         version=config.version,
         labels_file=LABELS_FILE,
         golden_file=GOLDEN_FILE,
@@ -256,11 +253,12 @@ def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, ima
     }
 
 
-def _provenance(config: ExportConfig, weights_sha256: str, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
+def _provenance(config: ExportConfig, network: Network, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
     packages = ("torch", "onnx", "onnxruntime", "numpy", "pillow")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "weights_sha256": weights_sha256,
+        "origin": network.origin,
+        "weights_sha256": network.weights_sha256,
         "fitting_images_sha256": fitting.sha256,
         "test_images_sha256": test.sha256,
         "licence": config.licence,

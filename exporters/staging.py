@@ -17,17 +17,27 @@ def stage_specs(model: MultiExitViT, preprocess: PreprocessSpec) -> tuple[StageS
         inputs = preprocess.pixels() if index == 0 else _tokens(index - 1, config)
         logits = TensorSpec(name=LOGITS, dtype="float32", shape=(BATCH, config.num_classes))
         outputs = (logits,) if index == last else (logits, _tokens(index, config))
-        gmacs = stage_macs(config, end - start, first=index == 0) / 1e9
+        gmacs = stage_macs(config, end - start, first=index == 0, last=index == last) / 1e9
         specs.append(StageSpec(inputs=(inputs,), outputs=outputs, gmacs=gmacs))
     return tuple(specs)
 
 
-def stage_macs(config: ViTConfig, num_blocks: int, *, first: bool) -> int:
-    """Multiply-adds of one image through one stage: convolutions, linear layers and both products of attention."""
+def stage_macs(config: ViTConfig, num_blocks: int, *, first: bool, last: bool) -> int:
+    """Multiply-adds of one image through one stage: convolutions, linear layers and both products of attention.
+
+    Behind the last block only the tokens in front of the patches are needed, where there are any.
+    """
+    block = _block_macs(config, config.num_tokens)
+    head = config.width * max(1, config.num_prefix_tokens) * config.num_classes
+    saved = block - _block_macs(config, config.num_prefix_tokens) if last and config.num_prefix_tokens else 0
+    return num_blocks * block - saved + head + (_stem_macs(config) if first else 0)
+
+
+def _block_macs(config: ViTConfig, num_asking: int) -> int:
+    """Of one block in which so many tokens ask and are given; all are looked at."""
     tokens, width = config.num_tokens, config.width
-    block = tokens * width * (4 * width + 2 * config.hidden) + 2 * tokens * tokens * width
-    head = width * config.num_classes
-    return num_blocks * block + head + (_stem_macs(config) if first else 0)
+    looked_at = 2 * tokens * width * width  # keys and values
+    return looked_at + num_asking * (2 * width * width + 2 * tokens * width + 2 * width * config.hidden)
 
 
 def _stem_macs(config: ViTConfig) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from app.types import Array
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
-from models.vit import LAYER_NORM_EPS, Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+from models.vit import Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
 
 OPSET = 20  # the first with Gelu
 MICROSOFT_OPSET = 1
@@ -84,7 +84,9 @@ def stage_graph(
     for number, block in enumerate(stage.blocks):
         if not isinstance(block, Block):
             raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
-        x = graph.block(block, f"blocks.{number}", x, config)
+        # Behind the last block only the heads look, and they see the tokens in front.
+        prefix_only = last and number == len(stage.blocks) - 1 and config.num_prefix_tokens > 0
+        x = graph.block(block, f"blocks.{number}", x, config, prefix_only=prefix_only)
     graph.node("Identity", graph.head(stage.head, x), output=LOGITS)
     outputs: list[tuple[str, Shape]] = [(LOGITS, (BATCH, config.num_classes))]
     if not last:
@@ -140,7 +142,7 @@ class _Graph:
 
     def norm(self, name: str, module: nn.LayerNorm, x: str) -> str:
         scale, bias = self.weight(f"{name}.weight", module.weight), self.weight(f"{name}.bias", module.bias)
-        return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=LAYER_NORM_EPS)
+        return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=module.eps)
 
     def embed(self, module: Embedding, config: ViTConfig, preprocess: PreprocessSpec) -> str:
         """Pixels -> tokens (B, N, D) with positions; normalises where the preprocessing leaves it to the graph."""
@@ -157,9 +159,9 @@ class _Graph:
         x = self.node("Transpose", x, perm=[0, 2, 1])  # (B, N, D)
         positions = module.pos_embed.detach().numpy().copy()
         if module.cls_token is not None:
-            # A row of zeros in front, and the class token inside the positions: no node asks for the batch size.
-            x = self.node("Pad", x, self.constant("cls.pads", [0, 1, 0, 0, 0, 0]))
-            positions[:, :1] += module.cls_token.detach().numpy()
+            # Rows of zeros in front, and the class token inside the positions: no node asks for the batch size.
+            x = self.node("Pad", x, self.constant("cls.pads", [0, config.num_prefix_tokens, 0, 0, 0, 0]))
+            positions[:, : config.num_prefix_tokens] += module.cls_token.detach().numpy()
         return self.node("Add", x, self.weight("positions", positions))
 
     def normalised(self, preprocess: PreprocessSpec) -> str:
@@ -228,15 +230,23 @@ class _Graph:
         """Names of a scale and a zero point."""
         return self.weight(f"{name}_scale", np.array(known[0])), self.weight(f"{name}_zero_point", np.array(known[1]))
 
-    def block(self, module: Block, name: str, x: str, config: ViTConfig) -> str:
-        attended = self.attention(module, f"{name}.attn", self.norm(f"{name}.norm1", module.norm1, x), config)
-        x = self.node("Add", x, attended)
+    def prefix(self, x: str, count: int) -> str:
+        """The first `count` tokens."""
+        names = [self.constant(f"prefix.{part}", [value]) for part, value in (("start", 0), ("end", count), ("axis", 1))]
+        return self.node("Slice", x, *names)
+
+    def block(self, module: Block, name: str, x: str, config: ViTConfig, *, prefix_only: bool = False) -> str:
+        """Tokens -> tokens; `prefix_only` gives those in front of the patches alone, exactly as they would be among all."""
+        attended = self.attention(
+            module, f"{name}.attn", self.norm(f"{name}.norm1", module.norm1, x), config, prefix_only=prefix_only
+        )
+        x = self.node("Add", self.prefix(x, config.num_prefix_tokens) if prefix_only else x, attended)
         hidden = self.norm(f"{name}.norm2", module.norm2, x)
         hidden = self.linear(f"{name}.mlp.fc1", hidden, *_matrix(module.mlp.fc1))
         hidden = self.node("Gelu", hidden, approximate="none")
         return self.node("Add", x, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2)))
 
-    def attention(self, module: Block, name: str, x: str, config: ViTConfig) -> str:
+    def attention(self, module: Block, name: str, x: str, config: ViTConfig, *, prefix_only: bool) -> str:
         heads, width = config.num_heads, config.width
         head_width = width // heads
         weight, bias = _matrix(module.attn.qkv)
@@ -244,24 +254,33 @@ class _Graph:
         weight, bias = weight.copy(), bias.copy()
         weight[:, :width] /= np.sqrt(head_width)
         bias[:width] /= np.sqrt(head_width)
-        qkv = self.linear(f"{name}.qkv", x, weight, bias)
-        split = [f"{name}.{part}" for part in "qkv"]
-        sizes = self.constant(f"{name}.split", [width] * 3)
-        self._nodes.append(helper.make_node("Split", [qkv, sizes], split, name=f"{name}.split", axis=-1))
+        names = {part: f"{name}.{part}" for part in "qkv"}
+        if prefix_only:
+            asking = self.prefix(x, config.num_prefix_tokens)
+            names["q"] = self.linear(f"{name}.q", asking, weight[:, :width], bias[:width])
+            self.split(self.linear(f"{name}.kv", x, weight[:, width:], bias[width:]), [names["k"], names["v"]], width)
+        else:
+            self.split(self.linear(f"{name}.qkv", x, weight, bias), [*names.values()], width)
         shape = self.constant(f"{name}.heads", [0, 0, heads, head_width])
         q, k, v = (
-            self.node("Transpose", self.node("Reshape", part, shape), perm=perm)
-            for part, perm in zip(split, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+            self.node("Transpose", self.node("Reshape", names[part], shape), perm=perm)
+            for part, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
         )
-        weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)  # (B, heads, N, N)
+        weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)  # (B, heads, N or P, N)
         mixed = self.node("Transpose", self.node("MatMul", weights, v), perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant(f"{name}.merge", [0, 0, width]))
         return self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 
+    def split(self, x: str, parts: Sequence[str], width: int) -> None:
+        """The last axis in parts of `width`, each called as told."""
+        sizes = self.constant(f"{parts[0]}.split", [width] * len(parts))
+        self._nodes.append(helper.make_node("Split", [x, sizes], list(parts), name=f"{parts[0]}.split", axis=-1))
+
     def head(self, module: Head, x: str) -> str:
         """Tokens -> logits, always fp32: it is tiny, and confidences come from it."""
-        if module.pooling == "cls":  # the norm is per token, so the others need none
-            x = self.norm("head.norm", module.norm, self.node("Gather", x, self.weight("head.cls", np.array(0)), axis=1))
+        if module.num_prefix_tokens:  # the norm is per token, so the others need none
+            x = self.norm("head.norm", module.norm, self.prefix(x, module.num_prefix_tokens))
+            x = self.node("Flatten", x)  # (B, P * D)
         else:
             x = self.norm("head.norm", module.norm, x)
             x = self.node("ReduceMean", x, self.constant("head.axes", [1]), keepdims=0)

@@ -1,10 +1,12 @@
 """The Vision Transformer, readable from top to bottom.
 
 Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021; pre-norm blocks, learned position embedding.
-Two departures, chosen by the configuration:
+Departures, chosen by the configuration:
 
 - `stem`: a few 3 x 3 convolutions instead of one large patch projection (Xiao et al., Early Convolutions Help Transformers
   See Better, NeurIPS 2021). It learns faster from small images.
+- `pooling="cls_dist"`: a distillation token beside the class token, a classifier on each and their mean as the answer (Touvron
+  et al., DeiT, ICML 2021). Here it is one linear layer over both tokens, which is the same.
 - `pooling="mean"`: the heads see the mean of the patch tokens and there is no class token (as in section D.3 of the paper).
 
 Parameter names follow timm where both have the part, so that its checkpoints can be read.
@@ -34,7 +36,8 @@ class ViTConfig:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Literal["cls", "cls_dist", "mean"] = "cls"
+    norm_eps: float = LAYER_NORM_EPS
     stem: tuple[tuple[int, int], ...] = ()  # (channels, stride) of each 3 x 3 convolution; none: one projection per patch
 
     def __post_init__(self) -> None:
@@ -49,9 +52,14 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches, which the heads see: class, and distillation."""
+        return {"cls": 1, "cls_dist": 2, "mean": 0}[self.pooling]
+
+    @property
     def num_tokens(self) -> int:
-        """Patches, and the class token where there is one."""
-        return self.num_patches + (self.pooling == "cls")
+        """Patches, and the tokens in front of them."""
+        return self.num_patches + self.num_prefix_tokens
 
     @property
     def hidden(self) -> int:
@@ -126,9 +134,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attn = Attention(config.width, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +150,8 @@ class Embedding(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.patch_embed = ConvStem(config) if config.stem else PatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.pooling == "cls" else None
+        prefix = config.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, prefix, config.width)) if prefix else None  # (1, P, D)
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.width))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -158,13 +167,13 @@ class Head(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.pooling = config.pooling
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.fc = nn.Linear(config.width, config.num_classes)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.fc = nn.Linear(config.width * max(1, self.num_prefix_tokens), config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        x = x[:, 0] if self.pooling == "cls" else x.mean(dim=1)
+        x = x[:, : self.num_prefix_tokens].flatten(1) if self.num_prefix_tokens else x.mean(dim=1)
         return self.fc(x)  # type: ignore[no-any-return]
 
 

@@ -43,4 +43,9 @@ def load_weights(model: nn.Module, path: Path) -> str:
         model.load_state_dict(load_state_dict(path), strict=True)
     except RuntimeError as error:
         raise WeightsError(f"{path.name} does not fit the network: {error}") from error
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """What a file of weights is named by."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -51,7 +51,7 @@ ZOO: dict[str, ZooEntry] = {
             num_classes=10,
             mlp_ratio=2.0,
             pooling="mean",
-            stem=((32, 1), (64, 2), (64, 1), (128, 1), (192, 2)),
+            stem=((32, 1), (96, 2), (96, 1), (96, 1), (192, 2)),
         ),
         boundaries=(1, 3, 6),
         preprocess=_cifar10_preprocess(32),

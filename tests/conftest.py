@@ -45,6 +45,7 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from app.runtime.cpu import has_exact_int8
     from exporters.config import ExportConfig, QuantizationConfig
     from exporters.recipe import run
+    from exporters.sources.zoo import ZooSource
     from models.zoo import ZOO, create_model
 
     folder = tmp_path_factory.mktemp("export")
@@ -58,8 +59,8 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 coarse = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
                 Image.fromarray(coarse).resize((32, 32)).save(folder / split / label / f"{number}.png")
     config = ExportConfig(
-        model="test_vit",
-        weights=folder / "w.safetensors",
+        name="test_vit",
+        source=ZooSource("test_vit", folder / "w.safetensors"),
         calibration_images=folder / "fitting",
         test_images=folder / "test",
         repository=folder / "repository",

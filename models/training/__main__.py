@@ -32,10 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=sorted(ZOO), default=student_config.model)
     parser.add_argument("--epochs", type=int, default=student_config.epochs, help=f"default {student_config.epochs}")
     parser.add_argument(
+        "--first-stage-epochs",
+        type=int,
+        default=student_config.first_stage_epochs,
+        help=f"of the first stage alone, before; default {student_config.first_stage_epochs}",
+    )
+    parser.add_argument(
         "--teacher-epochs",
         type=int,
-        default=teacher_config.epochs,
-        help=f"default {teacher_config.epochs}; 0 trains without a teacher",
+        default=0,
+        help="train a convolutional teacher first; default 0: the last exit teaches the others",
     )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
@@ -64,10 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         student_config,
         model=arguments.model,
         epochs=arguments.epochs,
+        first_stage_epochs=arguments.first_stage_epochs,
         seed=arguments.seed,
-        distillation=student_config.distillation if teacher else 0.0,
     )
     student = StudentLearner(student_config, entry, teacher)
+    if student_config.first_stage_epochs:
+        first_config = replace(student_config, epochs=student_config.first_stage_epochs)
+        first = StudentLearner(first_config, entry, teacher, num_stages=1)
+        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage")
+        student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
     fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))

@@ -37,6 +37,9 @@ class TeacherLearner:
         """The mean over the batch."""
         return F.cross_entropy(logits[0], targets, label_smoothing=self._config.label_smoothing)
 
+    def prepare_step(self) -> None:
+        """Nothing to do."""
+
     def load(self, checkpoint: Path) -> None:
         """Take the weights of a finished run."""
         self.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
@@ -45,50 +48,74 @@ class TeacherLearner:
 
 
 class StudentLearner:
-    """All exits at once, each from the labels and from what the teacher says of the very same augmented image.
+    """All exits at once, from the labels and from what a teacher says of the very same augmented image, where it is right.
+
+    `num_stages` trains the first stages alone: a shallow network learns its convolutions at a fraction of the cost, and the
+    deeper stages have something to start from (progressive stacking: Gong et al., ICML 2019).
+
+    The teacher is a network of its own, or, where there is none, the last exit, which then teaches the exits before it.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; that teacher and student must see the same
-    crop: Beyer et al., Knowledge distillation: A good teacher is patient and consistent, CVPR 2022.
+    crop: Beyer et al., Knowledge distillation: A good teacher is patient and consistent, CVPR 2022; a network's deepest exit
+    as teacher of the others: Zhang et al., Be Your Own Teacher, ICCV 2019.
     """
 
-    def __init__(self, config: StudentConfig, entry: ZooEntry, teacher: TeacherLearner | None) -> None:
-        if config.distillation and teacher is None:
-            raise ValueError("distillation needs a teacher; set it to 0 to learn from the labels alone")
-        self.model: nn.Module = create_model(config.model, seed=config.seed)
+    def __init__(
+        self, config: StudentConfig, entry: ZooEntry, teacher: TeacherLearner | None, *, num_stages: int | None = None
+    ) -> None:
+        self._network = create_model(config.model, seed=config.seed)
+        self._stages = [*self._network.stages][:num_stages]
+        self.model: nn.Module = self._network
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
         self.mean, self.std = entry.preprocess.mean, entry.preprocess.std
         self.num_classes = len(entry.labels)
         self._config = config
         self._teacher = teacher
-        named = list(self.model.named_parameters())
+        trained = {id(p) for stage in self._stages for p in stage.parameters()}
+        named = [(name, p) for name, p in self.model.named_parameters() if id(p) in trained]
+        self._kernels = [(p, _as_matrix(p)) for name, p in named if p.ndim == 4 and p.shape[1] > 3]
         matrices = [(name, p) for name, p in named if ".blocks." in name and p.ndim == 2]
-        rest = [(name, p) for name, p in named if not (".blocks." in name and p.ndim == 2)]
+        taken = {id(p) for _, p in matrices} | {id(p) for p, _ in self._kernels}
+        muon = [*matrices, *(("kernel", matrix) for _, matrix in self._kernels)]
+        rest = [(name, p) for name, p in named if id(p) not in taken]
         self.optimizers: Sequence[torch.optim.Optimizer] = [
             # Its updates are scaled to those of AdamW, so that both share one learning rate.
-            torch.optim.Muon(
-                parameter_groups(matrices, config.learning_rate, config.weight_decay), adjust_lr_fn="match_rms_adamw"
-            ),
+            torch.optim.Muon(parameter_groups(muon, config.learning_rate, config.weight_decay), adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(parameter_groups(rest, config.learning_rate, config.weight_decay)),
         ]
 
     def logits(self, x: Tensor) -> list[Tensor]:
-        """Of every exit."""
-        return self.model(x)  # type: ignore[no-any-return]
+        """Of every exit there is yet."""
+        found = []
+        for stage in self._stages:
+            exit_logits, x = stage(x)
+            found.append(exit_logits)
+        return found
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Take the weights of another run of the same network."""
+        self.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
 
     def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor) -> Tensor:
         """Weighted sum over the exits of the mean over the batch."""
         config = self._config
-        taught = self._teach(x) if self._teacher is not None and config.distillation else None
-        if taught is not None:
-            # Nothing is to be learned from a teacher that is wrong: there the labels have all of the loss.
-            share = config.distillation * (taught.argmax(1) == targets.argmax(1)).float()  # (B,)
+        taught = self._teach(x) if self._teacher is not None else logits[-1].detach().softmax(dim=1)
+        # Nothing is to be learned from a teacher that is wrong: there the labels have all of the loss.
+        share = config.distillation * (taught.argmax(1) == targets.argmax(1)).float()  # (B,)
         total = x.new_zeros(())
-        for weight, exit_logits in zip(config.exit_weights, logits, strict=True):
+        for index, (weight, exit_logits) in enumerate(zip(config.exit_weights[: len(logits)], logits, strict=True)):
             loss = F.cross_entropy(exit_logits, targets, label_smoothing=config.label_smoothing, reduction="none")
-            if taught is not None:
+            if self._teacher is not None or index < len(logits) - 1:
                 divergence = F.kl_div(F.log_softmax(exit_logits, dim=1), taught, reduction="none").sum(dim=1)
                 loss = (1 - share) * loss + share * divergence
             total = total + weight * loss.mean()
         return total
+
+    def prepare_step(self) -> None:
+        """Muon knows matrices only, so kernels are given to it as matrices that share their memory."""
+        for kernel, matrix in self._kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.permute(0, 2, 3, 1).flatten(1)
+            kernel.grad = None
 
     @torch.no_grad()
     def _teach(self, x: Tensor) -> Tensor:
@@ -97,6 +124,14 @@ class StudentLearner:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._config.bf16):
             logits = self._teacher.logits(x)[0]
         return logits.float().softmax(dim=1)
+
+
+def _as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    """A kernel (O, I, k, k), channels last in memory, as a matrix (O, k * k * I) on the same memory."""
+    matrix = nn.Parameter(kernel.detach().permute(0, 2, 3, 1).flatten(1))
+    if matrix.data_ptr() != kernel.data_ptr():
+        raise ValueError("the kernel's channels are not last in memory")
+    return matrix
 
 
 def parameter_groups(

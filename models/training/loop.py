@@ -39,6 +39,10 @@ class Learner(Protocol):
         """Normalised images (B, 3, H, W) -> logits (B, C) of every exit, first to last."""
         ...
 
+    def prepare_step(self) -> None:
+        """Called when the gradients are there, before the optimizers' steps."""
+        ...
+
     def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor) -> Tensor:
         """What to minimise, given the class probabilities wanted, float32 (B, C)."""
         ...
@@ -146,6 +150,7 @@ def _step(learner: Learner, x: Tensor, targets: Tensor, config: RunConfig) -> tu
         optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     torch.nn.utils.clip_grad_norm_(learner.model.parameters(), MAX_GRADIENT_NORM)
+    learner.prepare_step()
     for optimizer in learner.optimizers:
         optimizer.step()
     return float(loss.detach()), float((logits[-1].argmax(1) == targets.argmax(1)).float().mean())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters.images import ImageSetError, read_images
+from exporters.images import ImageSetError, classes_by_folder, read_images
 from models.zoo import ZOO
 from tests.images import make_jpeg, photo
 
@@ -44,6 +44,28 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, name: str, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ImageSetError, match=says):
         read_images(tmp_path, ENTRY.labels, ENTRY.preprocess)
+
+
+def test_folders_may_have_names_of_their_own(tmp_path: Path) -> None:
+    """Each with the number of its class; those without are passed over, and not even read."""
+    for name, content in (("n1/1.jpg", make_jpeg()), ("n2/2.jpg", make_jpeg()), ("n3/3.jpg", b"no picture")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+
+    found = read_images(tmp_path, ENTRY.labels, ENTRY.preprocess, folders={"n1": 7, "n2": 0})
+
+    assert found.labels.tolist() == [7, 0]
+    with pytest.raises(ImageSetError, match="in a folder that is mapped"):
+        read_images(tmp_path, ENTRY.labels, ENTRY.preprocess, folders={"n9": 1})
+
+
+def test_labels_of_folders_become_class_numbers() -> None:
+    """An unknown label is refused, and one that two classes share: nobody could tell which is meant."""
+    assert classes_by_folder({"n1": "b", "n2": "c"}, ("a", "b", "c")) == {"n1": 1, "n2": 2}
+    with pytest.raises(ImageSetError, match="zebra"):
+        classes_by_folder({"n1": "zebra"}, ("a",))
+    with pytest.raises(ImageSetError, match="several classes are called crane"):
+        classes_by_folder({"n1": "crane"}, ("crane", "crow", "crane"))
 
 
 def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from exporters import recipe
 from exporters.cli import app as exporter
 from exporters.config import ExportConfig, QuantizationConfig
 from exporters.publishing import AlreadyPublished
+from exporters.sources.zoo import ZooSource
 from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
 from models.zoo import CIFAR10_LABELS, create_model
-from tests.images import make_jpeg, photo
+from tests.checkpoints import LABELS, checkpoint, write_checkpoint
+from tests.images import make_archive, make_jpeg, photo
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def make_config(inputs: Path, repository: Path, version: int = 1) -> ExportConfi
     lenient = QuantizationConfig(min_agreement=0, max_accuracy_drop=1)  # nothing can be asked of random weights
     return ExportConfig(
         "test_vit",
-        inputs / "weights.safetensors",
+        ZooSource("test_vit", inputs / "weights.safetensors"),
         images,
         images,
         repository,
@@ -135,3 +137,37 @@ def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path,
     assert "| drawings again | 2 | fp32 |" in card
     assert str(tmp_path) not in card
     assert [variant.name for variant in ModelManifest.load(tmp_path / "test_vit" / "3").variants] == ["fp32"]
+
+
+def test_a_checkpoint_as_timm_keeps_it_becomes_a_version_that_serves(tmp_path: Path) -> None:
+    """One stage without exits; images lie in folders with names of their own, in the order of the classes."""
+    weights, told = write_checkpoint(tmp_path, checkpoint())
+    folders = [f"n{number:04}" for number in range(len(LABELS))]
+    make_archive(tmp_path / "images.zip", folders, per_class=4)
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    (tmp_path / "folders.txt").write_text("\n".join(folders) + "\n")
+    arguments = ["export", "--model", "nano", "--version", "1", "--weights", str(weights), "--timm-config", str(told)]
+    arguments += ["--labels", str(tmp_path / "labels.txt"), "--folders", str(tmp_path / "folders.txt"), "--no-int8"]
+    arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path / "repository")])
+
+    assert result.exit_code == 0, result.output
+    manifest = ModelManifest.load(tmp_path / "repository" / "nano" / "1")
+    assert (len(manifest.stages), manifest.num_classes, manifest.provenance["origin"]) == (1, 5, "vit_nano_patch4_16")
+    assert manifest.variant("fp32").exits[0].threshold is None
+    arguments = ["evaluate", "--model", "nano", "--repository", str(tmp_path / "repository")]
+    arguments += ["--images", str(tmp_path / "images.zip"), "--folders", str(tmp_path / "folders.txt")]
+    again = CliRunner().invoke(exporter, arguments)
+    assert again.exit_code == 0, again.output
+    assert "on 20 images" in again.output
+
+
+def test_without_labels_a_checkpoint_cannot_be_exported(inputs: Path, tmp_path: Path) -> None:
+    """Said before anything is read."""
+    weights, told = write_checkpoint(tmp_path, checkpoint())
+    arguments = ["export", "--model", "nano", "--version", "1", "--weights", str(weights), "--timm-config", str(told)]
+    result = CliRunner().invoke(exporter, [*arguments, "--calibration", str(inputs), "--test", str(inputs)])
+
+    assert result.exit_code == 1
+    assert "--labels FILE" in result.output

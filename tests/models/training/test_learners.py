@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -34,22 +36,40 @@ def test_the_teacher_gives_logits_of_any_even_image_size() -> None:
 
 
 def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay() -> None:
-    """Matrices of blocks go to Muon, everything else to AdamW; none is left out or taken twice."""
-    learner = StudentLearner(CONFIG, ENTRY, None)
-    taken = [p for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]]
+    """Kernels and matrices of blocks go to Muon, everything else to AdamW; none is left out or taken twice."""
+    learner = StudentLearner(replace(CONFIG, model="vit_cifar10"), ZOO["vit_cifar10"], None)
+    taken = [p.data_ptr() for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    assert sorted(map(id, taken)) == sorted(map(id, learner.model.parameters()))
-    names = {id(p): name for name, p in learner.model.named_parameters()}
+    assert sorted(taken) == sorted(p.data_ptr() for p in learner.model.parameters())
+    names = {p.data_ptr(): name for name, p in learner.model.named_parameters()}
+    kernels = {p.data_ptr() for p in learner.model.parameters() if p.ndim == 4 and p.shape[1] > 3}
+    assert len(kernels) == 4
     for optimizer in learner.optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                spared = p.ndim < 2 or "pos_embed" in names[id(p)] or "cls_token" in names[id(p)]
+                name = names[p.data_ptr()]
+                spared = p.ndim < 2 or "pos_embed" in name or "cls_token" in name
                 assert group["weight_decay"] == (0.0 if spared else CONFIG.weight_decay)
-                assert (".blocks." in names[id(p)] and p.ndim == 2) == isinstance(optimizer, torch.optim.Muon)
+                of_muon = p.data_ptr() in kernels or (".blocks." in name and p.ndim == 2)
+                assert of_muon == isinstance(optimizer, torch.optim.Muon)
 
 
-def test_without_a_teacher_the_loss_is_the_weighted_cross_entropy() -> None:
-    """Of every exit, label smoothing included."""
+def test_kernels_move_with_the_matrices_that_muon_is_given() -> None:
+    """They share their memory; a kernel's gradient is handed over and gone."""
+    learner = StudentLearner(replace(CONFIG, model="vit_cifar10"), ZOO["vit_cifar10"], None)
+    kernel = next(p for p in learner.model.parameters() if p.ndim == 4 and p.shape[1] > 3)
+    before = kernel.detach().clone()
+    kernel.grad = torch.randn_like(kernel)
+
+    learner.prepare_step()
+    learner.optimizers[0].step()
+
+    assert kernel.grad is None
+    assert not torch.equal(kernel, before)
+
+
+def test_the_loss_is_the_weighted_cross_entropy_of_every_exit() -> None:
+    """Label smoothing included, where nobody teaches."""
     learner = StudentLearner(CONFIG, ENTRY, None)
     logits = [torch.randn(5, 10) for _ in range(3)]
     labels = torch.tensor([1, 2, 3, 4, 5])
@@ -59,6 +79,28 @@ def test_without_a_teacher_the_loss_is_the_weighted_cross_entropy() -> None:
     )
 
     torch.testing.assert_close(learner.loss(logits, torch.zeros(5, 3, 32, 32), F.one_hot(labels, 10).float()), expected)
+
+
+def test_without_a_teacher_the_last_exit_teaches_the_others() -> None:
+    """Where it is right; it learns from the labels alone, and nothing flows back into it from the others."""
+    learner = StudentLearner(replace(CONFIG, distillation=1.0), ENTRY, None)
+    last = torch.zeros(2, 10)
+    last[:, 0] = 20.0
+    logits = [torch.randn(2, 10, requires_grad=True), torch.randn(2, 10, requires_grad=True), last.requires_grad_()]
+    targets = F.one_hot(torch.tensor([0, 1]), 10).float()
+
+    loss = learner.loss(logits, torch.zeros(2, 3, 32, 32), targets)
+    loss.backward()
+
+    def plain(z: torch.Tensor, smoothing: float) -> torch.Tensor:
+        return F.cross_entropy(z, targets, label_smoothing=smoothing, reduction="none")
+
+    # Image 0: the last exit is sure and right, so divergence is cross-entropy; image 1: it is wrong, so the label counts.
+    early = [(plain(z, 0.0)[0] + plain(z, 0.1)[1]) / 2 for z in logits[:2]]
+    torch.testing.assert_close(loss, 0.6 * early[0] + 0.8 * early[1] + plain(last, 0.1).mean(), rtol=1e-4, atol=1e-4)
+    alone = last.detach().clone().requires_grad_()
+    plain(alone, 0.1).mean().backward()
+    torch.testing.assert_close(last.grad, alone.grad)
 
 
 def test_the_teacher_counts_only_where_it_is_right() -> None:
@@ -81,9 +123,3 @@ def test_the_teacher_counts_only_where_it_is_right() -> None:
     divergence = sum(w * -float(F.log_softmax(z, 1)[0, 0]) for w, z in zip((0.6, 0.8, 1.0), logits, strict=True))
     assert right_taught == pytest.approx(divergence, rel=1e-4)  # a sure teacher's divergence is a cross-entropy
     assert right_taught != pytest.approx(right_plain)
-
-
-def test_distillation_without_a_teacher_is_refused() -> None:
-    """It would silently be something else."""
-    with pytest.raises(ValueError, match="needs a teacher"):
-        StudentLearner(StudentConfig(model="test_vit"), ENTRY, None)

@@ -1,0 +1,36 @@
+"""What every source gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from models.manifest import PreprocessSpec
+from models.multi_exit import MultiExitViT
+
+
+class SourceError(ValueError):
+    """A configuration or a checkpoint that is not understood, or not of a kind that is supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network with its weights, and what an export must know of it."""
+
+    model: MultiExitViT  # in evaluation mode
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...]
+    weights_sha256: str
+    origin: str  # what it is called where it comes from
+
+
+class Source(Protocol):
+    """Knows where a network is."""
+
+    def load(self) -> Network:
+        """Read it.
+
+        Raises:
+            SourceError, WeightsError: it cannot be used.
+        """
+        ...

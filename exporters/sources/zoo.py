@@ -1,0 +1,31 @@
+"""A network of the zoo, with the weights of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporters.sources.base import Network
+from models.weights import load_weights
+from models.zoo import ZOO, create_model
+
+
+@dataclass(frozen=True, slots=True)
+class ZooSource:
+    """Name in the zoo, and a file of weights: `.safetensors`, or a training checkpoint."""
+
+    name: str
+    weights: Path
+
+    def load(self) -> Network:
+        """Read the weights into the network of that name.
+
+        Raises:
+            ValueError: there is no network of that name.
+            WeightsError: the file does not fit.
+        """
+        model = create_model(self.name)
+        sha256 = load_weights(model, self.weights)
+        model.eval()
+        entry = ZOO[self.name]
+        return Network(model, entry.preprocess, entry.labels, sha256, f"{self.name} of the zoo")

@@ -1,0 +1,139 @@
+"""Checkpoints as timm keeps them, made here by hand: the same answers as the formulas of the papers, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from exporters.sources.base import SourceError
+from exporters.sources.timm_vit import TimmSource
+from models.weights import WeightsError
+from tests.checkpoints import DEPTH, HEADS, LABELS, PATCH, SIDE, TOLD, WIDTH, checkpoint, write_checkpoint
+
+
+def answer(state: dict[str, Tensor], image: Tensor) -> Tensor:
+    """What the papers say, written out from timm's names: logits (B, C)."""
+    x = (
+        F.conv2d(image, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)
+        .flatten(2)
+        .transpose(1, 2)
+    )
+    prefix = [state[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in state]
+    if state["pos_embed"].shape[1] == x.shape[1]:  # DeiT III: positions of the patches only
+        x = torch.cat([*prefix, x + state["pos_embed"]], dim=1)
+    else:
+        x = torch.cat([*prefix, x], dim=1) + state["pos_embed"]
+    for number in range(DEPTH):
+        w = {name.removeprefix(f"blocks.{number}."): value for name, value in state.items()}
+        y = F.layer_norm(x, (WIDTH,), w["norm1.weight"], w["norm1.bias"], 1e-6)
+        q, k, v = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"]).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = ((q @ k.transpose(-2, -1)) * (WIDTH // HEADS) ** -0.5).softmax(-1) @ v
+        y = F.linear(y.transpose(1, 2).flatten(2), w["attn.proj.weight"], w["attn.proj.bias"])
+        x = x + y * w.get("ls1.gamma", torch.ones(WIDTH))
+        y = F.layer_norm(x, (WIDTH,), w["norm2.weight"], w["norm2.bias"], 1e-6)
+        y = F.linear(F.gelu(F.linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+        x = x + y * w.get("ls2.gamma", torch.ones(WIDTH))
+    x = F.layer_norm(x, (WIDTH,), state["norm.weight"], state["norm.bias"], 1e-6)
+    logits = F.linear(x[:, 0], state["head.weight"], state["head.bias"])
+    if "head_dist.weight" in state:
+        logits = (logits + F.linear(x[:, 1], state["head_dist.weight"], state["head_dist.bias"])) / 2
+    return logits
+
+
+def source(folder: Path, state: dict[str, Tensor], told: dict[str, Any] | None = None) -> TimmSource:
+    """Written to disk, and what reads it."""
+    return TimmSource(*write_checkpoint(folder, state, told), LABELS)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"distilled": True}, {"layer_scale": True}, {"class_position": False, "layer_scale": True}],
+    ids=["ViT", "distilled DeiT", "LayerScale", "DeiT III"],
+)
+def test_the_network_answers_as_the_paper_says(tmp_path: Path, kind: dict[str, bool]) -> None:
+    """Whatever was folded into the weights."""
+    state = checkpoint(**kind)
+    network = source(tmp_path, state).load()
+    image = torch.randn(3, 3, SIDE, SIDE)
+
+    with torch.no_grad():
+        (logits,) = network.model(image)
+
+    torch.testing.assert_close(logits, answer(state, image), rtol=1e-4, atol=1e-4)
+
+
+def test_preprocessing_is_the_checkpoints_own(tmp_path: Path) -> None:
+    """16 / 0.9 is 17.8: timm rounds it down."""
+    spec = source(tmp_path, checkpoint()).load().preprocess
+
+    assert (spec.resize, spec.crop, spec.interpolation) == (17, (SIDE, SIDE), "bicubic")
+    assert (spec.mean, spec.std) == ((0.5, 0.5, 0.5), (0.5, 0.4, 0.3))
+
+
+def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
+    """A constant stays constant, and a ramp a ramp; the class token keeps its own."""
+    state = checkpoint()
+    state["pos_embed"][:, 1:] = torch.arange(4.0).repeat(4).view(1, 16, 1)  # rises from left to right
+    told = json.loads(json.dumps(TOLD))
+    told["pretrained_cfg"]["input_size"] = [3, 2 * SIDE, 2 * SIDE]
+
+    positions = source(tmp_path, state, told).load().model.stages[0].embedding.pos_embed
+
+    assert positions.shape == (1, 1 + 64, WIDTH)
+    torch.testing.assert_close(positions[:, 0], state["pos_embed"][:, 0])
+    grid = positions[0, 1:, 0].view(8, 8)
+    torch.testing.assert_close(grid, grid[:1].expand(8, 8))
+    torch.testing.assert_close(grid[0, 2:6], torch.tensor([0.75, 1.25, 1.75, 2.25]), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"blocks.1.attn.proj.bias": None}, "lacks blocks.1.attn.proj.bias"),
+        ({"head.weight": torch.zeros(7, WIDTH)}, r"head.weight has shape \(7, 32\), not \(5, 32\)"),
+        ({"norm_pre.weight": torch.zeros(WIDTH)}, "no use is known for norm_pre.weight"),
+        ({"patch_embed.proj.weight": None}, "no Vision Transformer as timm keeps it: patch_embed.proj.weight missing"),
+        ({"pos_embed": torch.zeros(1, 12, WIDTH)}, "11 positions, which is no square"),
+    ],
+    ids=["missing", "shape", "left over", "other network", "positions"],
+)
+def test_a_checkpoint_that_is_something_else_is_refused(tmp_path: Path, change: dict[str, Tensor | None], words: str) -> None:
+    """Nothing is guessed, and nothing is passed over."""
+    state = {name: value for name, value in {**checkpoint(), **change}.items() if value is not None}
+    with pytest.raises(WeightsError, match=words):
+        source(tmp_path, state).load()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mean": None}, r"config.json is not a configuration .* pretrained_cfg.mean: Field required"),
+        ({"crop_mode": "squash"}, "crop mode 'squash'"),
+        ({"interpolation": "random"}, "pretrained_cfg.interpolation"),
+    ],
+)
+def test_a_configuration_that_does_not_say_how_to_preprocess_is_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    """A default would cost accuracy and nobody would know."""
+    told = json.loads(json.dumps(TOLD))
+    told["pretrained_cfg"] = {k: v for k, v in {**told["pretrained_cfg"], **change}.items() if v is not None}
+    with pytest.raises(SourceError, match=words):
+        source(tmp_path, checkpoint(), told).load()
+
+
+def test_heads_and_labels_must_be_told(tmp_path: Path) -> None:
+    """They cannot be read off the weights."""
+    with pytest.raises(SourceError, match="say how many heads a network of width 32 has"):
+        source(tmp_path, checkpoint(), {**TOLD, "model_args": {}}).load()
+    with pytest.raises(SourceError, match="5 labels, and vit_nano_patch4_16 has 6 classes"):
+        source(tmp_path, checkpoint(), {**TOLD, "num_classes": 6}).load()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"config.json is not a configuration"):
+        TimmSource(tmp_path / "model.safetensors", tmp_path / "config.json", LABELS).load()
