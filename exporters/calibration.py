@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from app.types import Array
 from exporters.config import CalibrationConfig
-from exporters.vit_graph import ActivationRange
+from exporters.graph_writer import ActivationRange
 from models.manifest import LOGITS, PIXELS
 
 

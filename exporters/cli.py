@@ -17,12 +17,24 @@ from exporters.images import ImageSetError, classes_by_folder
 from exporters.published import from_report, print_tables, remeasure
 from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
+from exporters.reduction_schedule import ScheduleError
 from exporters.sources.base import SourceError
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
 from models.weights import WeightsError
 from models.zoo import ZOO
+
+# What its user can mend: told in a line, and nothing is published.
+UNUSABLE = (
+    AlreadyPublished,
+    ImageSetError,
+    ScheduleError,
+    SourceError,
+    ValidationError,
+    WeightsError,
+    json.JSONDecodeError,
+)
 
 app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
 
@@ -46,6 +58,9 @@ def export(
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
+    reduce: Annotated[
+        str | None, typer.Option(help="Token reduction: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…")
+    ] = None,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,
     also_classes: Annotated[Path | None, typer.Option(exists=True, help="JSON {folder: class} of those.")] = None,
@@ -68,6 +83,7 @@ def export(
             other_images=_named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
             int8=int8,
+            reduction=reduce,
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             data=data,
             training=training,
@@ -84,13 +100,22 @@ def export(
                     "--calibration": calibration,
                     "--test": test,
                     "--also-classes": also_classes,
+                    "--reduce": reduce,
                 },
                 flags=[] if int8 else ["--no-int8"],
             ),
         )
         with console.status("exporting"):
             directory = run(config, lambda step: console.print(f"· {step}"))
-    except (AlreadyPublished, ImageSetError, SourceError, ValidationError, WeightsError, json.JSONDecodeError) as error:
+    except (
+        AlreadyPublished,
+        ImageSetError,
+        ScheduleError,
+        SourceError,
+        ValidationError,
+        WeightsError,
+        json.JSONDecodeError,
+    ) as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
     print_tables(console, from_report(directory))

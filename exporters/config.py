@@ -47,6 +47,7 @@ class ExportConfig:
     other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
     other_folders: Mapping[str, int] | None = None  # likewise, of those
     int8: bool = True
+    reduction: str | None = None  # a schedule as `exporters.reduction_schedule` reads it
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)

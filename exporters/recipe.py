@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,18 +24,21 @@ from exporters.calibration import collect_ranges
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
+from exporters.graph_writer import ActivationRange
 from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
 from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule
 from exporters.sources.base import Network
-from exporters.staging import stage_specs
+from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import ValidationError, validate, validate_quantized
-from exporters.vit_graph import ActivationRange, stage_graph
+from exporters.vit_graph import stage_graph
 from models.manifest import LOGITS, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
-from models.multi_exit import MultiExitViT, Stage
+from models.multi_exit import MultiExitViT
 
 FP32, INT8 = "fp32", "int8"
+FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 GOLDEN_IMAGES = 4
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
@@ -60,7 +64,7 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
     """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
 
     Raises:
-        AlreadyPublished, SourceError, ImageSetError, WeightsError, ValidationError: nothing is published then.
+        AlreadyPublished, SourceError, ScheduleError, ImageSetError, WeightsError, ValidationError: nothing is published then.
     """
     if config.int8 and not has_exact_int8():
         raise ValidationError(
@@ -71,6 +75,11 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         progress("loading weights")
         network = config.source.load()
         model, spec = network.model, network.preprocess
+        full = None
+        if config.reduction is not None:
+            schedule = ReductionSchedule.parse(config.reduction, model.config.depth)
+            full = _unreduced(config, network, build)
+            apply_schedule(model, schedule)
         progress("reading images")
         fitting = read_images(config.calibration_images, network.labels, spec, folders=config.folders)
         test = read_images(config.test_images, network.labels, spec, folders=config.folders)
@@ -111,13 +120,23 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
             )
             for name, backend in backends.items()
         }
-        report = _report(fitted, draft, fitting, test, others, difference)
+        report = _report(fitted, draft, fitting, test, others, difference, full)
+        shutil.rmtree(build / FULL, ignore_errors=True)
         provenance = _provenance(config, network, fitting, test)
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
         return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
+
+
+def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBackend:
+    """The network as it came, in fp32, beside what is built."""
+    write_stages(build / FULL, _graphs(network.model, network.preprocess))
+    for file in (LABELS_FILE, GOLDEN_FILE):
+        (build / file).touch()  # the manifest must name them
+    manifest = _manifest(config, network.model, network.preprocess, build, {FULL: _no_exits(network.model)}, {})
+    return OrtBackend(build, manifest, FULL, one_thread())
 
 
 def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
@@ -159,16 +178,16 @@ def _graphs(
     ranges: list[dict[str, ActivationRange]] | None = None,
     expose: bool = False,
 ) -> list[onnx.ModelProto]:
-    graphs = []
-    for index, stage in enumerate(model.stages):
-        if not isinstance(stage, Stage):
-            raise TypeError(f"stage {index} is a {type(stage).__name__}")
+    graphs, counts = [], token_counts(model)
+    for index, stage in enumerate(stages_of(model)):
         graphs.append(
             stage_graph(
                 stage,
                 index,
                 model.config,
                 preprocess,
+                entering=counts[index],
+                leaving=counts[index + 1],
                 last=index == len(model.stages) - 1,
                 ranges=ranges[index] if ranges else None,
                 expose=expose,
@@ -188,10 +207,10 @@ def _manifest(
     variants = tuple(
         VariantSpec(
             name=name,
-            targets=TARGETS[name],
+            targets=TARGETS.get(name, EVERYWHERE),
             files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(model.stages))),
             exits=variant_exits,
-            golden_atol=GOLDEN_ATOL[name],
+            golden_atol=GOLDEN_ATOL.get(name, GOLDEN_ATOL[FP32]),
         )
         for name, variant_exits in exits.items()
     )
@@ -222,17 +241,26 @@ def _report(
     test: ImageSet,
     others: Mapping[str, ImageSet],
     difference: float,
+    full: OrtBackend | None,
 ) -> dict[str, object]:
     reference = fitted[FP32].test_logits[-1]
     backends = {name: variant.backend for name, variant in fitted.items()}
     exits = {name: variant.exits for name, variant in fitted.items()}
+    without_reduction: dict[str, object] = {}
+    times = milliseconds_per_image(backends | ({FULL: full} if full else {}), exits | {FULL: exits[FP32]}, test.pixels)
+    if full is not None:
+        # Everything is told against the network as it came.
+        reference = logits_per_exit(full, len(manifest.stages), test.pixels)[-1]
+        top1 = float((reference.argmax(axis=1) == test.labels).mean())
+        without_reduction = {"top1": round(top1, 4), "ms_per_image": times.pop(FULL)["without_exits"]}
     return {
         "machine": f"{platform.machine()}, {platform.system()}, one thread",
         "fitted_on": {"images": len(fitting), "sha256": fitting.sha256},
         "tested_on": {"images": len(test), "sha256": test.sha256},
         "largest_logit_difference_to_pytorch": float(f"{difference:.2e}"),
         "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
-        "ms_per_image": milliseconds_per_image(backends, exits, test.pixels),
+        "ms_per_image": times,
+        "without_reduction": without_reduction,
         "variants": {
             name: evaluate(variant.test_logits, test.labels, variant.exits, manifest.stages, reference)
             for name, variant in fitted.items()
@@ -258,6 +286,7 @@ def _provenance(config: ExportConfig, network: Network, fitting: ImageSet, test:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "origin": network.origin,
+        "token_reduction": config.reduction or "none",
         "weights_sha256": network.weights_sha256,
         "fitting_images_sha256": fitting.sha256,
         "test_images_sha256": test.sha256,

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from exporters.vit_graph import tokens_name
+from exporters.vit_graph import TokenCount, sizes_name, tokens_name
 from models.manifest import BATCH, LOGITS, PreprocessSpec, StageSpec, TensorSpec
-from models.multi_exit import MultiExitViT
-from models.vit import ViTConfig
+from models.multi_exit import MultiExitViT, Stage
+from models.vit import Block, ViTConfig
+
+
+def stages_of(model: MultiExitViT) -> list[Stage]:
+    """In their order; TypeError where one is something else."""
+    stages = [stage for stage in model.stages if isinstance(stage, Stage)]
+    if len(stages) != len(model.stages):
+        raise TypeError("a stage is of another kind than models.multi_exit.Stage")
+    return stages
+
+
+def blocks_of(stage: Stage) -> list[Block]:
+    """In their order; TypeError where one is something else."""
+    blocks = [block for block in stage.blocks if isinstance(block, Block)]
+    if len(blocks) != len(stage.blocks):
+        raise TypeError("a block is of another kind than models.vit.Block")
+    return blocks
+
+
+def token_counts(model: MultiExitViT) -> list[TokenCount]:
+    """Behind the embedding, then behind each stage."""
+    count, sized = model.config.num_tokens, False
+    counts = [TokenCount(count, sized)]
+    for stage in stages_of(model):
+        for block in blocks_of(stage):
+            if block.reduction is not None:
+                count, sized = model.config.num_prefix_tokens + block.reduction.keep, block.reduction.tracks_sizes
+        counts.append(TokenCount(count, sized))
+    return counts
 
 
 def stage_specs(model: MultiExitViT, preprocess: PreprocessSpec) -> tuple[StageSpec, ...]:
     """The manifest's stages of a network."""
-    config = model.config
-    last = len(model.boundaries) - 1
+    config, counts = model.config, token_counts(model)
+    logits = TensorSpec(name=LOGITS, dtype="float32", shape=(BATCH, config.num_classes))
+    last = len(model.stages) - 1
     specs = []
-    for index, (start, end) in enumerate(zip((0, *model.boundaries[:-1]), model.boundaries, strict=True)):
-        inputs = preprocess.pixels() if index == 0 else _tokens(index - 1, config)
-        logits = TensorSpec(name=LOGITS, dtype="float32", shape=(BATCH, config.num_classes))
-        outputs = (logits,) if index == last else (logits, _tokens(index, config))
-        gmacs = stage_macs(config, end - start, first=index == 0, last=index == last) / 1e9
-        specs.append(StageSpec(inputs=(inputs,), outputs=outputs, gmacs=gmacs))
+    for index, stage in enumerate(stages_of(model)):
+        inputs = (preprocess.pixels(),) if index == 0 else _tokens(index - 1, counts[index], config)
+        outputs = (logits,) if index == last else (logits, *_tokens(index, counts[index + 1], config))
+        macs = stage_macs(stage, config, counts[index].count, last=index == last)
+        specs.append(StageSpec(inputs=inputs, outputs=outputs, gmacs=macs / 1e9))
     return tuple(specs)
 
 
-def stage_macs(config: ViTConfig, num_blocks: int, *, first: bool, last: bool) -> int:
+def stage_macs(stage: Stage, config: ViTConfig, count: int, *, last: bool) -> int:
     """Multiply-adds of one image through one stage: convolutions, linear layers and both products of attention.
 
-    Behind the last block only the tokens in front of the patches are needed, where there are any.
+    Behind the last block only the tokens in front of the patches are needed, where there are any. What choosing the tokens of
+    a reduction costs is not counted; it is of the order of one product of attention.
+
+    Args:
+        count: tokens that come in.
     """
-    block = _block_macs(config, config.num_tokens)
-    head = config.width * max(1, config.num_prefix_tokens) * config.num_classes
-    saved = block - _block_macs(config, config.num_prefix_tokens) if last and config.num_prefix_tokens else 0
-    return num_blocks * block - saved + head + (_stem_macs(config) if first else 0)
-
-
-def _block_macs(config: ViTConfig, num_asking: int) -> int:
-    """Of one block in which so many tokens ask and are given; all are looked at."""
-    tokens, width = config.num_tokens, config.width
-    looked_at = 2 * tokens * width * width  # keys and values
-    return looked_at + num_asking * (2 * width * width + 2 * tokens * width + 2 * width * config.hidden)
+    num_prefix = config.num_prefix_tokens
+    macs = config.width * max(1, num_prefix) * config.num_classes
+    if stage.embedding is not None:
+        macs += _stem_macs(config)
+    for number, block in enumerate(blocks_of(stage)):
+        prefix_only = last and number == len(stage.blocks) - 1 and num_prefix > 0
+        asking = num_prefix if prefix_only else count
+        macs += 2 * count * config.width**2 + asking * (2 * config.width**2 + 2 * count * config.width)
+        if block.reduction is not None and not prefix_only:
+            asking = count = num_prefix + block.reduction.keep
+        macs += asking * 2 * config.width * config.hidden
+    return macs
 
 
 def _stem_macs(config: ViTConfig) -> int:
@@ -51,5 +84,8 @@ def _stem_macs(config: ViTConfig) -> int:
     return macs
 
 
-def _tokens(stage: int, config: ViTConfig) -> TensorSpec:
-    return TensorSpec(name=tokens_name(stage), dtype="float32", shape=(BATCH, config.num_tokens, config.width))
+def _tokens(stage: int, tokens: TokenCount, config: ViTConfig) -> tuple[TensorSpec, ...]:
+    x = TensorSpec(name=tokens_name(stage), dtype="float32", shape=(BATCH, tokens.count, config.width))
+    if not tokens.sized:
+        return (x,)
+    return x, TensorSpec(name=sizes_name(stage), dtype="float32", shape=(BATCH, tokens.count, 1))

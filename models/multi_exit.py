@@ -22,13 +22,16 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_blocks))
         self.head = Head(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (B, 3, H, W) or tokens (B, N, D) -> logits (B, C), tokens (B, N, D)."""
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image (B, 3, H, W), or tokens (B, N, D) and their sizes -> logits (B, C), tokens (B, M, D), sizes (B, M, 1).
+
+        Sizes are None as long as every token stands for one patch.
+        """
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks:
-            x = block(x)
-        return self.head(x), x
+            x, sizes = block(x, sizes)
+        return self.head(x), x, sizes
 
 
 class MultiExitViT(nn.Module):
@@ -48,8 +51,8 @@ class MultiExitViT(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised image, float32 (B, 3, H, W) -> logits (B, C) of every exit, first to last."""
-        logits = []
+        logits, sizes = [], None
         for stage in self.stages:
-            exit_logits, x = stage(x)
+            exit_logits, x, sizes = stage(x, sizes)
             logits.append(exit_logits)
         return logits

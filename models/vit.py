@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
+from models.token_reduction import TokenReduction
+
 LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
 
 
@@ -107,14 +109,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: (B, N, D).
+            sizes: how many patches each token stands for, (B, N, 1): a token is looked at as if all of them were there
+                (proportional attention: Bolya et al., Token Merging, ICLR 2023). None: one each.
+
+        Returns:
+            What was gathered (B, N, D), the weights (B, heads, N, N), and the keys' mean over the heads (B, N, d).
+        """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
         # Written out: at 64 tokens, forward and backward on a CPU in bf16, torch's fused kernel takes four times as long.
         weights = (q * (width // self.num_heads) ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
-        x = weights.softmax(dim=-1) @ v
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+        if sizes is not None:
+            weights = weights + sizes.log().transpose(1, 2).unsqueeze(1)
+        weights = weights.softmax(dim=-1)
+        x = weights @ v
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width)), weights, k.mean(dim=1)
 
 
 class Mlp(nn.Module):
@@ -130,7 +145,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), fewer tokens where `reduction` says so, then x + mlp(norm(x))."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -138,10 +153,17 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.num_heads)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden)
+        self.reduction: TokenReduction | None = None  # no weights of its own: set by whoever wants it
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) and their sizes (B, N, 1), None for one each -> the same, perhaps fewer."""
+        gathered, weights, keys = self.attn(self.norm1(x), sizes)
+        x = x + gathered
+        if self.reduction is not None:
+            known = torch.ones_like(x[..., :1]) if sizes is None else sizes
+            x, known = self.reduction(x, known, weights, keys)
+            sizes = known if self.reduction.tracks_sizes else None
+        return x + self.mlp(self.norm2(x)), sizes
 
 
 class Embedding(nn.Module):

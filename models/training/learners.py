@@ -88,7 +88,7 @@ class StudentLearner:
         """Of every exit there is yet."""
         found = []
         for stage in self._stages:
-            exit_logits, x = stage(x)
+            exit_logits, x, _ = stage(x)
             found.append(exit_logits)
         return found
 

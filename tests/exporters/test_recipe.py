@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,36 @@ def test_without_labels_a_checkpoint_cannot_be_exported(inputs: Path, tmp_path: 
 
     assert result.exit_code == 1
     assert "--labels FILE" in result.output
+
+
+def test_a_reduced_network_is_published_and_told_against_the_network_as_it_came(inputs: Path, tmp_path: Path) -> None:
+    """Fewer multiply-adds; sizes cross the stages; the graphs it is compared with are not published."""
+    plain = recipe.run(make_config(inputs, tmp_path))
+    config = replace(make_config(inputs, tmp_path, version=2), reduction="tome:4,3,2,0,1,0")
+
+    directory = recipe.run(config)
+
+    manifest, before = ModelManifest.load(directory), ModelManifest.load(plain)
+    assert sum(stage.gmacs for stage in manifest.stages) < 0.8 * sum(stage.gmacs for stage in before.stages)
+    assert [tensor.name for tensor in manifest.stages[1].inputs] == ["tokens_0", "sizes_0"]
+    assert "tome:4,3,2,0,1,0" in manifest.provenance.values()
+    assert {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()} == {
+        "manifest.json",
+        *manifest.files,
+    }
+    assert not (directory / "full").exists()
+    report, full = (json.loads((path / "report.json").read_text()) for path in (directory, plain))
+    assert report["without_reduction"]["top1"] == full["variants"]["fp32"]["top1_by_exit"][-1]
+    assert "`tome:4,3,2,0,1,0`" in (directory / "MODEL_CARD.md").read_text()
+
+
+def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_path: Path) -> None:
+    """And says why in a line."""
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--reduce", "tome:9"])
+
+    assert result.exit_code == 1
+    assert "at most 8 can be merged, not 9" in result.output
+    assert list((tmp_path / "test_vit").iterdir()) == []

@@ -29,7 +29,7 @@ class TorchBackend:
         (value,) = inputs.values()
         x = normalised(value, SPEC) if stage == 0 else torch.from_numpy(value)
         with torch.no_grad():
-            logits, tokens = self.model.stages[stage](x)
+            logits, tokens, _ = self.model.stages[stage](x)
         logits = logits.numpy() + np.float32(self.change if stage == 1 else 0)
         state = {} if stage == 2 else {f"tokens_{stage}": tokens.numpy()}
         return StageOutput(logits[:, :9] if self.cut else logits, state)

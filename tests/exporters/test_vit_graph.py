@@ -12,24 +12,28 @@ import torch
 
 from exporters.calibration import collect_ranges, spread
 from exporters.config import CalibrationConfig
+from exporters.graph_writer import ActivationRange
 from exporters.recipe import golden_images
-from exporters.staging import stage_specs
+from exporters.staging import stage_specs, token_counts
 from exporters.validation import normalised
-from exporters.vit_graph import ActivationRange, stage_graph
+from exporters.vit_graph import stage_graph
 from models.manifest import LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import MultiExitViT
+from models.token_reduction import METHODS, TokenReduction
 from models.zoo import ZOO, create_model
 
 
 def graphs(model: MultiExitViT, spec: PreprocessSpec, **options: object) -> list[onnx.ModelProto]:
     """Every stage of a network; `ranges` is a list with one mapping a stage."""
-    ranges = options.pop("ranges", None)
+    ranges, counts = options.pop("ranges", None), token_counts(model)
     return [
         stage_graph(
             stage,
             index,
             model.config,
             spec,
+            entering=counts[index],
+            leaving=counts[index + 1],
             last=index == len(model.stages) - 1,
             ranges=ranges[index] if ranges else None,
             **options,
@@ -41,11 +45,11 @@ def graphs(model: MultiExitViT, spec: PreprocessSpec, **options: object) -> list
 def run_chain(models: list[onnx.ModelProto], pixels: np.ndarray) -> list[np.ndarray]:
     """Logits of every stage."""
     inputs, logits = {PIXELS: pixels}, []
-    for index, model in enumerate(models):
+    for model in models:
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         outputs = dict(zip([node.name for node in session.get_outputs()], session.run(None, inputs), strict=True))
         logits.append(outputs.pop(LOGITS))
-        inputs = {name: outputs[name] for name in (f"tokens_{index}",) if name in outputs}
+        inputs = outputs
     return logits
 
 
@@ -179,3 +183,70 @@ def test_an_int8_stem_pads_with_what_is_zero_to_the_network() -> None:
 
     assert [len(np.unique(features[:, channel])) for channel in range(32)] == [1] * 32
     assert features.max() > 0
+
+
+REDUCED = {0: 12, 1: 9, 3: 6, 5: 4}  # blocks and how many of 16 patches are left; two within a stage, one at its end
+
+
+def reduced(name: str, method: str, kept: dict[int, int]) -> MultiExitViT:
+    """A network whose blocks reduce tokens; weights larger than at the start, so that tokens differ."""
+    torch.manual_seed(1)
+    model = trained(name)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for block in blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
+    for number, keep in kept.items():
+        blocks[number].reduction = TokenReduction(method, keep, model.config.num_prefix_tokens)
+    return model
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+@pytest.mark.parametrize("method", sorted({*METHODS} - {"token_pooling"}))
+def test_reduced_tokens_equal_pytorch(method: str, batch_size: int) -> None:
+    """Across stages, where sizes go along if the method needs them; batch is still the only free axis."""
+    model, spec = reduced("test_vit", method, REDUCED), ZOO["test_vit"].preprocess
+    pixels = np.resize(golden_images(spec), (batch_size, 32, 32, 3))
+    with torch.no_grad():
+        expected = model(normalised(pixels, spec))
+        plain = reduced("test_vit", method, {})(normalised(pixels, spec))
+
+    found = run_chain(graphs(model, spec), pixels)
+
+    for mine, theirs, unreduced in zip(found, expected, plain, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
+        assert np.abs(mine - unreduced.numpy()).max() > 1e-2
+    for stage, graph in zip(stage_specs(model, spec), graphs(model, spec), strict=True):
+        for wanted, given in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
+            shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in given}
+            assert shapes == {tensor.name: tensor.shape for tensor in wanted}
+
+
+def test_merging_without_a_class_token_equals_pytorch() -> None:
+    """As in the embedded model, whose head sees the mean."""
+    model, spec = reduced("vit_cifar10", "tome", {0: 50, 2: 31, 5: 20}), ZOO["vit_cifar10"].preprocess
+    pixels = golden_images(spec)
+    with torch.no_grad():
+        expected = model(normalised(pixels, spec))
+
+    for mine, theirs in zip(run_chain(graphs(model, spec), pixels), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
+
+
+def test_fewer_tokens_cost_less_and_int8_goes_with_them() -> None:
+    """Multiply-adds fall; ranges are collected and used as without reduction."""
+    model, spec = reduced("test_vit", "tome", REDUCED), ZOO["test_vit"].preprocess
+    pixels = golden_images(spec)
+    costs = [sum(s.gmacs for s in stage_specs(m, spec)) for m in (model, reduced("test_vit", "tome", {}))]
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+
+    int8, fp32 = (run_chain(graphs(model, spec, ranges=r), pixels) for r in (ranges, None))
+
+    assert costs[0] < 0.75 * costs[1]
+    for mine, theirs in zip(int8, fp32, strict=True):
+        assert 0 < np.abs(mine - theirs).max() < 0.25 * np.ptp(theirs)
+
+
+def test_a_reduction_without_a_graph_is_refused() -> None:
+    """Clustering is for PyTorch only, so far."""
+    with pytest.raises(NotImplementedError, match="no graph is known for the token reduction 'token_pooling'"):
+        graphs(reduced("test_vit", "token_pooling", {0: 8}), ZOO["test_vit"].preprocess)

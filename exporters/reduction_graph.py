@@ -1,0 +1,130 @@
+"""Token reduction (`models.token_reduction`) as ONNX nodes: shapes are static but for the batch, and no operator scatters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporters.graph_writer import GraphWriter
+from models.token_reduction import TokenReduction
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """Names of a block's tokens behind those in front, and how many there are.
+
+    tokens (B, M, D), sizes (B, M, 1) or "" where every token stands for one patch, class_attention (B, M), keys (B, M, d).
+    """
+
+    tokens: str
+    sizes: str
+    class_attention: str
+    keys: str
+    count: int
+
+
+def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patches) -> tuple[str, str]:
+    """Tokens (B, keep, D), and their sizes (B, keep, 1) where the method tracks them, else "".
+
+    Raises:
+        NotImplementedError: the method has no graph.
+    """
+    match reduction.method:
+        case "tome":
+            return _tome(graph, patches, patches.count - reduction.keep)
+        case "evit":
+            score, order = _sorted(graph, patches.class_attention, patches.count)
+            return _fuse(graph, patches, order, score, reduction.keep), ""
+        case "tps":
+            _, order = _sorted(graph, patches.class_attention, patches.count)
+            return _squeeze(graph, patches, order, reduction.keep), ""
+        case "top_k_attention":
+            return _take(graph, patches.tokens, _top_k(graph, patches.class_attention, reduction.keep)), ""
+        case "top_k_norm":
+            norm = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=0)
+            return _take(graph, patches.tokens, _top_k(graph, norm, reduction.keep)), ""
+    raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
+
+
+def _top_k(graph: GraphWriter, score: str, keep: int) -> str:
+    """Indices (B, keep) of the highest scores."""
+    return _sorted(graph, score, keep)[1]
+
+
+def _sorted(graph: GraphWriter, score: str, keep: int) -> tuple[str, str]:
+    """The highest scores and their indices, each (B, keep), highest first."""
+    names = [f"{score}.top_{keep}.values", f"{score}.top_{keep}.indices"]
+    values, indices = graph.nodes("TopK", [score, graph.constant([keep])], names, axis=1)
+    return values, indices
+
+
+def _take(graph: GraphWriter, x: str, index: str) -> str:
+    """Rows of x (B, M, ...) at index (B, k)."""
+    return graph.node("GatherND", x, graph.node("Unsqueeze", index, graph.constant([-1])), batch_dims=1)
+
+
+def _put(graph: GraphWriter, destinations: str, count: int) -> str:
+    """One-hot rows as a product's left side, (B, count, r): a product exports everywhere, scattering does not."""
+    values = graph.weight("zero_and_one", np.array([0, 1], dtype=np.float32))
+    one_hot = graph.node("OneHot", destinations, graph.constant([count]), values, axis=-1)
+    return graph.node("Transpose", one_hot, perm=[0, 2, 1])
+
+
+def _normalised(graph: GraphWriter, x: str) -> str:
+    return graph.node("LpNormalization", x, axis=-1, p=2)
+
+
+def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, str]:
+    """Bolya et al., ICLR 2023, section 3."""
+    count = patches.count
+    num_found, num_looking = (count + 1) // 2, count // 2
+    keys = _normalised(graph, patches.keys)
+    found_keys, looking_keys = _halves(graph, keys, count)
+    similarity = graph.node("MatMul", looking_keys, graph.node("Transpose", found_keys, perm=[0, 2, 1]))
+    best = graph.node("ReduceMax", similarity, graph.constant([-1]), keepdims=0)
+    nearest = graph.node("ArgMax", similarity, axis=-1, keepdims=0)
+    _, order = _sorted(graph, best, num_looking)
+    sources = graph.slice(order, 0, num_merged, axis=1)
+    unmatched = graph.slice(order, num_merged, num_looking, axis=1)
+    put = _put(graph, _take(graph, nearest, sources), num_found)  # (B, found, r)
+
+    # The size is one more feature, so that one product moves both.
+    if patches.sizes:
+        weighted = graph.node("Mul", patches.tokens, patches.sizes)
+        both = graph.node("Concat", weighted, patches.sizes, axis=-1)
+    else:
+        both = graph.node("Pad", patches.tokens, graph.constant([0, 0, 0, 0, 0, 1]), graph.scalar("one", 1))
+    found, looking = _halves(graph, both, count)
+    total = graph.node("Add", found, graph.node("MatMul", put, _take(graph, looking, sources)))
+    left = graph.node("Concat", _take(graph, looking, unmatched), total, axis=1)
+    sizes = graph.slice(left, -1, np.iinfo(np.int64).max, axis=2)
+    return graph.node("Div", graph.slice(left, 0, -1, axis=2), sizes), sizes
+
+
+def _halves(graph: GraphWriter, x: str, count: int) -> tuple[str, str]:
+    """Even and odd patches."""
+    return graph.slice(x, 0, count, axis=1, step=2), graph.slice(x, 1, count, axis=1, step=2)
+
+
+def _fuse(graph: GraphWriter, patches: Patches, order: str, score: str, keep: int) -> str:
+    """Liang et al., ICLR 2022, section 3.2."""
+    kept = graph.slice(order, 0, keep - 1, axis=1)
+    rest = graph.slice(order, keep - 1, patches.count, axis=1)
+    share = graph.slice(score, keep - 1, patches.count, axis=1)
+    share = graph.node("Div", share, graph.node("ReduceSum", share, graph.constant([1]), keepdims=1))
+    fused = graph.node("MatMul", graph.node("Unsqueeze", share, graph.constant([1])), _take(graph, patches.tokens, rest))
+    return graph.node("Concat", _take(graph, patches.tokens, kept), fused, axis=1)
+
+
+def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str:
+    """Wei et al., CVPR 2023, equations 5 to 7."""
+    kept = _take(graph, patches.tokens, graph.slice(order, 0, keep, axis=1))
+    rest = _take(graph, patches.tokens, graph.slice(order, keep, patches.count, axis=1))
+    transposed = graph.node("Transpose", _normalised(graph, kept), perm=[0, 2, 1])
+    cosine = graph.node("MatMul", _normalised(graph, rest), transposed)
+    share = graph.node("Exp", graph.node("ReduceMax", cosine, graph.constant([-1]), keepdims=1))  # (B, r, 1)
+    put = _put(graph, graph.node("ArgMax", cosine, axis=-1, keepdims=0), keep)
+    own = graph.scalar("e", np.e)
+    mixed = graph.node("Add", graph.node("Mul", kept, own), graph.node("MatMul", put, graph.node("Mul", rest, share)))
+    return graph.node("Div", mixed, graph.node("Add", graph.node("MatMul", put, share), own))

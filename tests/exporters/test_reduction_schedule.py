@@ -1,0 +1,52 @@
+"""Schedules of token reduction: what a text says, and what a network can follow."""
+
+from __future__ import annotations
+
+import pytest
+
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule
+from models.zoo import create_model
+
+
+@pytest.mark.parametrize(
+    ("text", "removed"),
+    [("tome:3", (3,) * 6), ("tome:4x2", (0, 0, 0, 0, 4, 4)), ("evit:0,0,1,2,3,0", (0, 0, 1, 2, 3, 0))],
+    ids=["constant", "late", "block by block"],
+)
+def test_a_text_becomes_an_amount_for_every_block(text: str, removed: tuple[int, ...]) -> None:
+    """And back into a text that says the same."""
+    schedule = ReductionSchedule.parse(text, 6)
+
+    assert schedule.removed == removed
+    assert ReductionSchedule.parse(str(schedule), 6) == schedule
+
+
+@pytest.mark.parametrize("text", ["magic:3", "tome", "tome:", "tome:a", "tome:1,2", "tome:3x9", "tome:-1", "tome:1x2x3"])
+def test_anything_else_is_refused(text: str) -> None:
+    """With what could be said instead."""
+    with pytest.raises(ScheduleError, match=r"magic|METHOD:13|no schedule for 6 blocks"):
+        ReductionSchedule.parse(text, 6)
+
+
+def test_every_block_knows_how_many_tokens_are_left() -> None:
+    """16 patches, 3 fewer in the last two blocks."""
+    model = create_model("test_vit")
+    apply_schedule(model, ReductionSchedule.parse("tome:3x2", 6))
+
+    reductions = [block.reduction for stage in model.stages for block in stage.blocks]
+    assert reductions[:4] == [None] * 4
+    assert [(r.method, r.keep, r.num_prefix) for r in reductions[4:]] == [("tome", 13, 1), ("tome", 10, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("test_vit", "tome:9,0,0,0,0,0", "block 0 has 16 patch tokens, of which at most 8 can be merged, not 9"),
+        ("test_vit", "evit:4", "block 3: 0 patch tokens"),
+        ("vit_cifar10", "evit:4", "has no class token"),
+    ],
+)
+def test_what_a_network_cannot_follow_is_refused(name: str, text: str, words: str) -> None:
+    """Before anything is exported."""
+    with pytest.raises(ScheduleError, match=words):
+        apply_schedule(create_model(name), ReductionSchedule.parse(text, 6))
