@@ -15,6 +15,8 @@ class CalibrationConfig:
 
     num_images: int = 1024
     batch_size: int = 64
+    max_outliers: int = 8  # channels of a linear layer's input that may stay fp32
+    outlier_ratio: float = 4.0  # how much smaller the range must become for that: two of eight bits
 
 
 @dataclass(frozen=True, slots=True)

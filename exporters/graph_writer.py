@@ -26,10 +26,15 @@ Quantization = tuple[np.float32, np.uint8]  # scale and zero point
 
 @dataclass(frozen=True, slots=True)
 class ActivationRange:
-    """Smallest and largest value that the input of a linear layer, or the output of a convolution, took in calibration."""
+    """Smallest and largest value that the input of a linear layer, or the output of a convolution, took in calibration.
+
+    Outliers are input channels of a linear layer that range far beyond the others: they are left out of the range, and their
+    part of the product stays fp32 (Dettmers et al., LLM.int8(), NeurIPS 2022; here chosen once, by calibration).
+    """
 
     low: float
     high: float
+    outliers: tuple[int, ...] = ()
 
     def scale_and_zero_point(self) -> Quantization:
         """Affine u8 quantization in which 0 is exact, as padding and ReLU want it (Jacob et al., CVPR 2018)."""
@@ -98,10 +103,13 @@ class GraphWriter:
         if name not in self.ranges:
             product = self.node("MatMul", x, self.weight(f"{name}.weight", weight))
             return self.node("Add", product, self.weight(f"{name}.bias", bias))
+        outliers = [*self.ranges[name].outliers]
+        apart, weight = weight[outliers], weight.copy()
+        weight[outliers] = 0  # whatever they saturate at counts for nothing
         weight_scale = (np.abs(weight).max(axis=0) / INT8_MAX).clip(min=np.finfo(np.float32).tiny).astype(np.float32)
         quantized = np.clip(np.rint(weight / weight_scale), -INT8_MAX, INT8_MAX).astype(np.int8)
         a_scale, a_zero = self.quantization(f"{name}.input", self.ranges[name].scale_and_zero_point())
-        return self.node(
+        product = self.node(
             "MatMulIntegerToFloat",
             self.node("QuantizeLinear", x, a_scale, a_zero),
             self.weight(f"{name}.weight", quantized),
@@ -112,6 +120,10 @@ class GraphWriter:
             self.weight(f"{name}.bias", bias),
             domain="com.microsoft",
         )
+        if not outliers:
+            return product
+        taken = self.node("Gather", x, self.constant(outliers), axis=-1)
+        return self.node("Add", product, self.node("MatMul", taken, self.weight(f"{name}.weight_of_outliers", apart)))
 
     def model(self, inputs: Sequence[tuple[str, int, Shape]], outputs: Sequence[tuple[str, Shape]]) -> onnx.ModelProto:
         """The checked model; inputs are name, ONNX's number of the type, and shape."""

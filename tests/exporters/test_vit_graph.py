@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporters.calibration import collect_ranges, spread
+from exporters.calibration import collect_ranges, outlier_channels, spread
 from exporters.config import CalibrationConfig
 from exporters.graph_writer import ActivationRange
 from exporters.recipe import golden_images
@@ -250,3 +250,35 @@ def test_a_reduction_without_a_graph_is_refused() -> None:
     """Clustering is for PyTorch only, so far."""
     with pytest.raises(NotImplementedError, match="no graph is known for the token reduction 'token_pooling'"):
         graphs(reduced("test_vit", "token_pooling", {0: 8}), ZOO["test_vit"].preprocess)
+
+
+def test_a_channel_that_ranges_far_beyond_the_others_stays_fp32() -> None:
+    """With it in the range the others would have a handful of steps left; apart from it they have them all."""
+    torch.manual_seed(0)
+    model, spec = trained("test_vit"), ZOO["test_vit"].preprocess
+    norm = model.stages[1].blocks[0].norm2
+    with torch.no_grad():
+        norm.weight[5] = 300.0
+        model.stages[1].blocks[0].mlp.fc1.weight[:, 5] /= 300.0
+    pixels = golden_images(spec)
+    exposed = graphs(model, spec, expose=True)
+    fp32 = run_chain(graphs(model, spec), pixels)
+    errors = {}
+    for name, config in (("apart", CalibrationConfig()), ("inside", CalibrationConfig(max_outliers=0))):
+        ranges = collect_ranges(exposed, pixels, config)
+        errors[name] = np.abs(run_chain(graphs(model, spec, ranges=ranges), pixels)[-1] - fp32[-1]).max()
+        layer = ranges[1]["blocks.0.mlp.fc1"]
+        assert layer.outliers == ((5,) if name == "apart" else ())
+        assert (layer.high > 100) == (name == "inside")
+
+    assert errors["apart"] < errors["inside"] / 3
+
+
+def test_outliers_are_as_few_as_make_the_range_much_smaller() -> None:
+    """Two of a kind go together; a channel a little larger than the others is none; there is a limit."""
+    config = CalibrationConfig(max_outliers=2, outlier_ratio=4.0)
+    assert outlier_channels(np.array([1, 9, 2, 1.0]), config) == (1,)
+    assert outlier_channels(np.array([8, 9, 2, 1.0]), config) == (0, 1)
+    assert outlier_channels(np.array([7, 8, 9, 2.0]), config) == ()
+    assert outlier_channels(np.array([3, 2, 2, 2.0]), config) == ()
+    assert outlier_channels(np.array([3.0]), config) == ()
