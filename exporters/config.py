@@ -25,6 +25,10 @@ class QuantizationConfig:
 
     min_agreement: float = 0.95  # share of images with the same class as in fp32
     max_accuracy_drop: float = 0.01
+    target_agreement: float = 0.98  # layers are left in fp32 until it is reached
+    max_fp32_layers: int = 6
+    agreement_images: int = 512
+    sensitivity_images: int = 32  # of which one layer at a time is INT8
 
 
 @dataclass(frozen=True, slots=True)

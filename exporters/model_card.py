@@ -66,6 +66,7 @@ def model_card(
 
 - **Data:** {config.data}
 - **Training:** {config.training}
+- **INT8:** in fp32 is {provenance["kept_fp32"]}
 - **Token reduction:** {_reduction(config, report)}
 - **Licence of the weights:** {config.licence}
 - **Made by:** `{config.command}` at commit {provenance["commit"]}

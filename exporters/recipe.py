@@ -24,12 +24,12 @@ from exporters.calibration import collect_ranges
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
-from exporters.graph_writer import ActivationRange
 from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
 from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule
+from exporters.sensitivity import Ranges, Selection, select_layers
 from exporters.sources.base import Network
 from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import ValidationError, validate, validate_quantized
@@ -89,13 +89,19 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         }
         variants = [FP32, INT8] if config.int8 else [FP32]
 
+        kept_fp32 = "everything"
         progress("writing fp32 stages")
         write_stages(build / FP32, _graphs(model, spec))
         if INT8 in variants:
             progress("calibrating and writing int8 stages")
             exposed = _graphs(model, spec, expose=True)
             ranges = collect_ranges(exposed, fitting.pixels, config.calibration)
-            write_stages(build / INT8, _graphs(model, spec, ranges=ranges))
+            selection = select_layers(
+                lambda chosen: _graphs(model, spec, ranges=chosen), ranges, fitting.pixels, config.quantization
+            )
+            kept_fp32 = _kept_fp32(selection)
+            progress(f"int8 agrees with fp32 on {100 * selection.agreement:.1f} % of the fitting images; in fp32: {kept_fp32}")
+            write_stages(build / INT8, _graphs(model, spec, ranges=selection.ranges))
 
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
@@ -122,12 +128,23 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         }
         report = _report(fitted, draft, fitting, test, others, difference, full)
         shutil.rmtree(build / FULL, ignore_errors=True)
-        provenance = _provenance(config, network, fitting, test)
+        provenance = _provenance(config, network, fitting, test) | {"kept_fp32": kept_fp32}
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
         return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
+
+
+def _kept_fp32(selection: Selection) -> str:
+    """Whole layers, and channels of others."""
+    channels = [
+        f"{len(each.outliers)} of {stage}.{name}'s channels"
+        for stage, layers in enumerate(selection.ranges)
+        for name, each in layers.items()
+        if each.outliers
+    ]
+    return ", ".join([*selection.kept_fp32, *channels]) or "nothing but the heads"
 
 
 def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBackend:
@@ -175,7 +192,7 @@ def _graphs(
     model: MultiExitViT,
     preprocess: PreprocessSpec,
     *,
-    ranges: list[dict[str, ActivationRange]] | None = None,
+    ranges: Ranges | None = None,
     expose: bool = False,
 ) -> list[onnx.ModelProto]:
     graphs, counts = [], token_counts(model)

@@ -1,0 +1,96 @@
+"""Which layers may not be INT8: found by making one at a time INT8, and left in fp32 until the network agrees with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from app.types import Array, FloatArray
+from exporters.calibration import spread
+from exporters.config import QuantizationConfig
+from exporters.graph_writer import ActivationRange
+from models.manifest import LOGITS, PIXELS
+
+Ranges = Sequence[Mapping[str, ActivationRange]]  # by stage, then by layer
+Build = Callable[[Ranges], list[onnx.ModelProto]]  # the network with just these layers in INT8
+STEM = "stem"  # its convolutions are INT8 together or not at all
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is quantized in the end."""
+
+    ranges: list[dict[str, ActivationRange]]
+    kept_fp32: tuple[str, ...]  # `stage.layer`, worst first
+    agreement: float  # with fp32, at the last exit, on the images of the pass
+
+
+def select_layers(build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig) -> Selection:
+    """Leave as few layers in fp32 as make the network agree with fp32 on `target_agreement` of the images.
+
+    Args:
+        ranges: of all layers that could be INT8.
+        pixels: (N, ...), what stage 0 takes; no labels are needed.
+
+    Returns:
+        All layers, if that agrees well enough; else without the most sensitive ones, up to `max_fp32_layers` of them.
+    """
+    pixels = pixels[spread(len(pixels), config.agreement_images)]
+    few = pixels[spread(len(pixels), config.sensitivity_images)]
+    nothing: Ranges = [{} for _ in ranges]
+    reference = last_logits(build(nothing), pixels)
+
+    def agreement(chosen: Ranges) -> float:
+        return float((last_logits(build(chosen), pixels).argmax(axis=1) == reference.argmax(axis=1)).mean())
+
+    chosen = [dict(stage) for stage in ranges]
+    reached = agreement(chosen)
+    if reached >= config.target_agreement:
+        return Selection(chosen, (), reached)
+    few_reference = last_logits(build(nothing), few)
+    errors = {}
+    for stage, layer in groups(ranges):
+        alone = [_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)]
+        errors[stage, layer] = float(((last_logits(build(alone), few) - few_reference) ** 2).mean())
+    kept: list[str] = []
+    for stage, layer in sorted(errors, key=errors.__getitem__, reverse=True)[: config.max_fp32_layers]:
+        for name in _only(chosen[stage], layer):
+            del chosen[stage][name]
+        kept.append(f"{stage}.{layer}")
+        reached = agreement(chosen)
+        if reached >= config.target_agreement:
+            break
+    return Selection(chosen, tuple(kept), reached)
+
+
+def groups(ranges: Ranges) -> list[tuple[int, str]]:
+    """(stage, layer) of all that can be left in fp32; the stem's convolutions are one."""
+    found = []
+    for stage, layers in enumerate(ranges):
+        names = [name for name in layers if not name.startswith(f"{STEM}.")]
+        found += [(stage, name) for name in ([STEM] if len(names) < len(layers) else []) + names]
+    return found
+
+
+def last_logits(stages: Sequence[onnx.ModelProto], pixels: Array) -> FloatArray:
+    """Logits (N, C) of the last exit."""
+    sessions = [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
+    collected = []
+    for start in range(0, len(pixels), BATCH_SIZE):
+        outputs: dict[str, Array] = {PIXELS: pixels[start : start + BATCH_SIZE]}
+        for session in sessions:
+            wanted = {node.name for node in session.get_inputs()}
+            names = [node.name for node in session.get_outputs()]
+            inputs = {name: outputs[name] for name in wanted}
+            outputs = dict(zip(names, session.run(names, inputs), strict=True))
+        collected.append(outputs[LOGITS])
+    return np.concatenate(collected)
+
+
+def _only(layers: Mapping[str, ActivationRange], layer: str) -> dict[str, ActivationRange]:
+    return {name: each for name, each in layers.items() if name == layer or (layer == STEM and name.startswith(f"{STEM}."))}

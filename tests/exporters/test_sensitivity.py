@@ -1,0 +1,108 @@
+"""Layers that hurt are found and left in fp32; where none hurts, none is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from exporters.calibration import collect_ranges
+from exporters.config import CalibrationConfig, QuantizationConfig
+from exporters.graph_writer import ActivationRange
+from exporters.recipe import _graphs, golden_images
+from exporters.sensitivity import Ranges, groups, last_logits, select_layers
+from models.multi_exit import MultiExitViT
+from models.zoo import ZOO, create_model
+
+SPEC = ZOO["test_vit"].preprocess
+CONFIG = QuantizationConfig(target_agreement=1.0, agreement_images=64, sensitivity_images=16)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Noise of several kinds."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    return np.concatenate([golden_images(SPEC), np.kron(noise, np.ones((1, 8, 8, 1), np.uint8))])
+
+
+def network() -> MultiExitViT:
+    """Random weights, with answers that differ from image to image."""
+    torch.manual_seed(0)
+    model = create_model("test_vit").eval()
+    torch.nn.init.normal_(model.stages[-1].head.fc.weight, std=0.5)
+    return model
+
+
+def ranges_of(model: MultiExitViT, pixels: np.ndarray) -> list[dict[str, ActivationRange]]:
+    return collect_ranges(_graphs(model, SPEC, expose=True), pixels, CalibrationConfig())
+
+
+def test_the_layer_that_hurts_is_left_in_fp32(pixels: np.ndarray) -> None:
+    """One layer with a range a hundred times too wide: it alone is taken out."""
+    model = network()
+    ranges = ranges_of(model, pixels)
+    bad = ranges[1]["blocks.1.mlp.fc2"]
+    ranges[1]["blocks.1.mlp.fc2"] = replace(bad, low=-2000.0, high=2000.0)
+
+    found = select_layers(
+        lambda chosen: _graphs(model, SPEC, ranges=chosen), ranges, pixels, replace(CONFIG, target_agreement=0.95)
+    )
+
+    assert found.kept_fp32 == ("1.blocks.1.mlp.fc2",)
+    assert "blocks.1.mlp.fc2" not in found.ranges[1]
+    assert sum(map(len, found.ranges)) == sum(map(len, ranges)) - 1
+    assert found.agreement >= 0.95
+
+
+def test_where_int8_agrees_everything_is_int8(pixels: np.ndarray) -> None:
+    """And no layer is tried alone."""
+    model = network()
+    ranges = ranges_of(model, pixels)
+    built: list[int] = []
+
+    def build(chosen: Ranges) -> list[onnx.ModelProto]:
+        built.append(sum(map(len, chosen)))
+        return _graphs(model, SPEC, ranges=chosen)
+
+    found = select_layers(build, ranges, pixels, replace(CONFIG, target_agreement=0.8))
+
+    assert found.kept_fp32 == ()
+    assert found.ranges == ranges
+    assert built == [0, sum(map(len, ranges))]
+
+
+def test_there_is_a_limit_to_what_stays_fp32(pixels: np.ndarray) -> None:
+    """A target out of reach leaves the most sensitive layers in fp32 and says how far that went."""
+    model = network()
+    found = select_layers(
+        lambda chosen: _graphs(model, SPEC, ranges=chosen),
+        ranges_of(model, pixels),
+        pixels,
+        replace(CONFIG, target_agreement=1.01, max_fp32_layers=2),
+    )
+
+    assert len(found.kept_fp32) == 2
+    assert found.agreement <= 1
+
+
+def test_a_stem_is_taken_out_as_a_whole() -> None:
+    """Its convolutions hand bytes to each other."""
+    one = ActivationRange(0, 1)
+    assert groups([{"stem.0": one, "stem.1": one, "blocks.0.fc": one}, {"blocks.0.fc": one}]) == [
+        (0, "stem"),
+        (0, "blocks.0.fc"),
+        (1, "blocks.0.fc"),
+    ]
+
+
+def test_logits_are_those_of_the_last_exit_in_the_order_of_the_images(pixels: np.ndarray) -> None:
+    """Whatever the batches."""
+    model = network()
+    with torch.no_grad():
+        from exporters.validation import normalised
+
+        expected = model(normalised(pixels, SPEC))[-1].numpy()
+    np.testing.assert_allclose(last_logits(_graphs(model, SPEC), pixels), expected, atol=1e-4)
