@@ -163,9 +163,12 @@ class InferenceService:
             # Straight on into the pipeline: to wake this coroutine in between would cost as much as the rest of the hop.
             nonlocal decoded_at
             decoded_at = time.perf_counter()
-            if error is None:
-                model.pipeline.put(pixels, future)
-            elif not future.done():
+            try:
+                if error is None:
+                    model.pipeline.put(pixels, future)
+            except Exception as raised:  # or this image's caller would wait for ever
+                error = raised
+            if error is not None and not future.done():
                 future.set_exception(error)
 
         try:

@@ -149,7 +149,10 @@ class Workers:
         while self._results:
             job, result, error = self._results.popleft()
             self._unfinished -= 1
-            job.finish(result, error)
+            try:
+                job.finish(result, error)
+            except Exception:  # a defect of whoever gave the callback; the other results are not to wait for ever
+                log.exception("a result could not be handed over")
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

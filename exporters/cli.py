@@ -18,7 +18,7 @@ from exporters.published import from_report, print_tables, remeasure
 from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
 from exporters.reduction_schedule import ScheduleError
-from exporters.sources.base import SourceError
+from exporters.sources.base import Source, SourceError
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
@@ -58,6 +58,9 @@ def export(
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
+    boundaries: Annotated[
+        str | None, typer.Option(help="With --timm-config: blocks after which a stage ends, as 4,8,12; exits are fitted.")
+    ] = None,
     reduce: Annotated[
         str | None, typer.Option(help="Token reduction: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…")
     ] = None,
@@ -72,9 +75,12 @@ def export(
     console = Console()
     try:
         names = _labels_of(model, timm_config, labels)
+        source: Source = ZooSource(model, weights)
+        if timm_config is not None:
+            source = TimmSource(weights, timm_config, names, _numbers(boundaries))
         config = ExportConfig(
             name=model,
-            source=ZooSource(model, weights) if timm_config is None else TimmSource(weights, timm_config, names),
+            source=source,
             calibration_images=calibration,
             test_images=test,
             repository=repository,
@@ -101,6 +107,7 @@ def export(
                     "--test": test,
                     "--also-classes": also_classes,
                     "--reduce": reduce,
+                    "--boundaries": boundaries,
                 },
                 flags=[] if int8 else ["--no-int8"],
             ),
@@ -130,6 +137,13 @@ def _labels_of(model: str, timm_config: Path | None, labels: Path | None) -> tup
     if model not in ZOO:
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
     return ZOO[model].labels
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise SourceError(f"{text!r} are no numbers of blocks; say --boundaries 4,8,12") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -40,6 +40,22 @@ class ExitConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitHeadConfig:
+    """How the heads of a network that came without exits are fitted."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 128
+    noise: float = 0.1  # of each feature, relative: a few hundred images are soon known by heart
+    max_steps: int = 3000
+    look_every: int = 25  # steps
+    patience: int = 500  # steps without a better agreement
+    held_out: float = 0.2  # of the images
+    min_held_out: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ExportConfig:
     """One export: what, from which weights, with which images, to where."""
 
@@ -57,6 +73,7 @@ class ExportConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
+    exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"
     data: str = ""  # one sentence on the training data, for the model card
     training: str = ""  # one sentence on the training, for the model card

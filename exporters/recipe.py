@@ -24,6 +24,7 @@ from exporters.calibration import collect_ranges
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
+from exporters.exit_heads import as_text, fit_exit_heads
 from exporters.images import ImageSet, read_images
 from exporters.model_card import model_card
 from exporters.published import one_thread
@@ -89,19 +90,12 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         }
         variants = [FP32, INT8] if config.int8 else [FP32]
 
-        kept_fp32 = "everything"
+        if not network.has_exits:
+            heads = fit_exit_heads(model, fitting.pixels, spec, config.exit_heads, progress)
+            progress(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
         progress("writing fp32 stages")
         write_stages(build / FP32, _graphs(model, spec))
-        if INT8 in variants:
-            progress("calibrating and writing int8 stages")
-            exposed = _graphs(model, spec, expose=True)
-            ranges = collect_ranges(exposed, fitting.pixels, config.calibration)
-            selection = select_layers(
-                lambda chosen: _graphs(model, spec, ranges=chosen), ranges, fitting.pixels, config.quantization
-            )
-            kept_fp32 = _kept_fp32(selection)
-            progress(f"int8 agrees with fp32 on {100 * selection.agreement:.1f} % of the fitting images; in fp32: {kept_fp32}")
-            write_stages(build / INT8, _graphs(model, spec, ranges=selection.ranges))
+        kept_fp32 = _write_int8(config, network, fitting, build, progress) if INT8 in variants else "everything"
 
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
@@ -134,6 +128,18 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
         return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
+
+
+def _write_int8(config: ExportConfig, network: Network, fitting: ImageSet, build: Path, progress: Progress) -> str:
+    """Calibrate, choose the layers, write the stages; what is left in fp32."""
+    progress("calibrating and writing int8 stages")
+    model, spec = network.model, network.preprocess
+    ranges = collect_ranges(_graphs(model, spec, expose=True), fitting.pixels, config.calibration)
+    selection = select_layers(lambda chosen: _graphs(model, spec, ranges=chosen), ranges, fitting.pixels, config.quantization)
+    kept_fp32 = _kept_fp32(selection)
+    progress(f"int8 agrees with fp32 on {100 * selection.agreement:.1f} % of the fitting images; in fp32: {kept_fp32}")
+    write_stages(build / INT8, _graphs(model, spec, ranges=selection.ranges))
+    return kept_fp32
 
 
 def _kept_fp32(selection: Selection) -> str:

@@ -22,6 +22,7 @@ class Network:
     labels: tuple[str, ...]
     weights_sha256: str
     origin: str  # what it is called where it comes from
+    has_exits: bool  # else the heads of all stages but the last are still to be fitted
 
 
 class Source(Protocol):

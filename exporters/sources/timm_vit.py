@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,14 +63,16 @@ class TimmSource:
         weights: `.safetensors`, or a state dict for `torch.load(weights_only=True)`.
         config: timm's `config.json`.
         labels: one per class, in the order of the classifier.
+        boundaries: numbers of blocks after which a stage ends; none: one stage.
     """
 
     weights: Path
     config: Path
     labels: tuple[str, ...]
+    boundaries: tuple[int, ...] = ()
 
     def load(self) -> Network:
-        """Read it into our own network, in one stage: it has no exits but its end.
+        """Read it into our own network; it has no exits but its end.
 
         Raises:
             SourceError: the configuration lacks something, or says what is not supported.
@@ -84,10 +87,24 @@ class TimmSource:
             raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
         state = load_state_dict(self.weights)
         vit = _config_of(state, told)
-        model = MultiExitViT(vit, (vit.depth,))
-        model.load_state_dict(_converted(state, vit), strict=True)
+        try:
+            model = MultiExitViT(vit, self.boundaries or (vit.depth,))
+        except ValueError as error:
+            raise SourceError(str(error)) from error
+        found = _converted(state, vit, model.boundaries)
+        missing, unexpected = model.load_state_dict(found, strict=False)
+        last = f"stages.{len(model.stages) - 1}."
+        assert not unexpected  # noqa: S101 - the names are ours
+        assert all(".head." in name and not name.startswith(last) for name in missing)  # noqa: S101
         model.eval()
-        return Network(model, preprocessing(told.pretrained_cfg), self.labels, sha256_of(self.weights), told.architecture)
+        return Network(
+            model,
+            preprocessing(told.pretrained_cfg),
+            self.labels,
+            sha256_of(self.weights),
+            told.architecture,
+            has_exits=len(model.stages) == 1,
+        )
 
 
 def preprocessing(told: _Pretrained) -> PreprocessSpec:
@@ -129,7 +146,7 @@ def _config_of(state: dict[str, Tensor], told: _TimmConfig) -> ViTConfig:
     )
 
 
-def _converted(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence[int]) -> dict[str, Tensor]:
     """The same numbers under our names. Every tensor must have a use: what is left over would change the answer."""
     left = dict(state)
 
@@ -149,7 +166,9 @@ def _converted(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]
     if config.num_prefix_tokens:
         found["stages.0.embedding.cls_token"] = torch.cat(prefix, dim=1)
     found["stages.0.embedding.pos_embed"] = _positions(take("pos_embed"), config)
+    starts = (0, *boundaries[:-1])
     for number in range(config.depth):
+        stage = max(index for index, start in enumerate(starts) if start <= number)
         tensors = {name: take(f"blocks.{number}.{name}") for name in BLOCK_TENSORS}
         for branch, last in (("1", "attn.proj"), ("2", "mlp.fc2")):
             for name in (f"blocks.{number}.ls{branch}.gamma", f"blocks.{number}.gamma_{branch}"):
@@ -158,8 +177,8 @@ def _converted(state: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]
                     tensors[f"{last}.weight"] *= gamma.unsqueeze(1)
                     tensors[f"{last}.bias"] *= gamma
         for name, value in tensors.items():
-            found[f"stages.0.blocks.{number}.{name}"] = value
-    head = "stages.0.head"
+            found[f"stages.{stage}.blocks.{number - starts[stage]}.{name}"] = value
+    head = f"stages.{len(boundaries) - 1}.head"
     norm = "fc_norm" if "fc_norm.weight" in left else "norm"
     found |= {f"{head}.norm.{kind}": take(f"{norm}.{kind}", (config.width,)) for kind in ("weight", "bias")}
     heads = ["head", *(["head_dist"] if config.pooling == "cls_dist" else [])]

@@ -28,4 +28,4 @@ class ZooSource:
         sha256 = load_weights(model, self.weights)
         model.eval()
         entry = ZOO[self.name]
-        return Network(model, entry.preprocess, entry.labels, sha256, f"{self.name} of the zoo")
+        return Network(model, entry.preprocess, entry.labels, sha256, f"{self.name} of the zoo", has_exits=True)

@@ -19,6 +19,7 @@ class AugmentConfig:
     """How far each change may go; a change of 0 is none."""
 
     zoom: tuple[float, float] = (0.8, 1.1)  # side of the crop over the image's; above 1 the border is reflected
+    zoom_probability: float = 0.5  # of an image; the others move by whole pixels, for resampling blurs what it touches
     aspect: float = 0.1  # largest natural logarithm of width over height
     shift: float = 0.125  # largest, as a share of the image's side (4 of 32 pixels: He et al., 2016)
     brightness: float = 0.15  # largest share added or taken
@@ -69,15 +70,18 @@ def _uniform(generator: torch.Generator, batch: int, low: float, high: float) ->
 
 def _crop(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
     """Flip, and look at another part of the image at another scale, by one bilinear resampling."""
-    batch = len(x)
+    batch, side = len(x), x.shape[-1]
     flip = torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0)
     low, high = torch.tensor(config.zoom).log().tolist()
-    zoom = _uniform(generator, batch, low, high).exp()
-    aspect = (_uniform(generator, batch, -config.aspect, config.aspect) / 2).exp()
+    zooms = torch.rand(batch, generator=generator) < config.zoom_probability
+    zoom = torch.where(zooms, _uniform(generator, batch, low, high).exp(), 1.0)
+    aspect = torch.where(zooms, (_uniform(generator, batch, -config.aspect, config.aspect) / 2).exp(), 1.0)
+    shift = _uniform(generator, 2 * batch, -config.shift, config.shift).view(batch, 2)
+    shift = torch.where(zooms.unsqueeze(1), shift, (shift * side).round() / side)
     theta = torch.zeros(batch, 2, 3)  # output coordinates in [-1, 1] -> input coordinates
     theta[:, 0, 0] = flip * zoom * aspect
     theta[:, 1, 1] = zoom / aspect
-    theta[:, :, 2] = 2 * _uniform(generator, 2 * batch, -config.shift, config.shift).view(batch, 2)
+    theta[:, :, 2] = 2 * shift
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -123,3 +123,19 @@ async def test_callbacks_get_result_or_error_on_the_loop_and_cancelled_jobs_none
     assert [(name, ident) for name, _, ident in seen] == [(name, threading.get_ident()) for name in ("first", "third")]
     assert seen[0][1] == "held"
     assert isinstance(seen[1][1], ZeroDivisionError)
+
+
+async def test_a_callback_that_raises_costs_the_others_nothing() -> None:
+    """Three results in one wake, of which the second cannot be handed over."""
+    workers = Workers(1, "test", max_result_delay_s=60.0)
+    seen: list[object] = []
+
+    def refuse(_result: object, _error: BaseException | None) -> None:
+        raise ValueError("cannot take it")
+
+    workers.submit(lambda: 1, lambda result, _: seen.append(result))
+    workers.submit(lambda: 2, refuse)
+    assert await workers.run(lambda: 3) == 3
+    workers.close()
+
+    assert seen == [1]

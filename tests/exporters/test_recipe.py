@@ -205,3 +205,23 @@ def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_
     assert result.exit_code == 1
     assert "at most 8 can be merged, not 9" in result.output
     assert list((tmp_path / "test_vit").iterdir()) == []
+
+
+def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path) -> None:
+    """Two stages out of two blocks; the early head learns from the last one."""
+    weights, told = write_checkpoint(tmp_path, checkpoint())
+    make_archive(tmp_path / "images.zip", LABELS, per_class=6)
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS) + "\n")
+    arguments = ["export", "--model", "nano", "--version", "1", "--weights", str(weights), "--timm-config", str(told)]
+    arguments += ["--labels", str(tmp_path / "labels.txt"), "--no-int8", "--repository", str(tmp_path / "repository")]
+    arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
+
+    cut = CliRunner().invoke(exporter, [*arguments, "--boundaries", "1,2"])
+    wrong = CliRunner().invoke(exporter, [*arguments, "--version", "2", "--boundaries", "1,3"])
+
+    assert cut.exit_code == 0, cut.output
+    assert "exit 0 agrees with the last on" in cut.output
+    manifest = ModelManifest.load(tmp_path / "repository" / "nano" / "1")
+    assert (len(manifest.stages), [exit_.threshold is None for exit_ in manifest.variant("fp32").exits]) == (2, [False, True])
+    assert wrong.exit_code == 1
+    assert "boundaries (1, 3) must rise and end at the depth, 2" in wrong.output

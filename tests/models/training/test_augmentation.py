@@ -48,7 +48,7 @@ def test_without_any_change_an_image_is_only_mirrored_or_left_alone(x: torch.Ten
 
 def test_a_smaller_crop_shows_a_part_enlarged(x: torch.Tensor) -> None:
     """Half the side: the output's corners are the pixels a quarter in."""
-    y = augment(x, replace(NONE, zoom=(0.5, 0.5)), seeded())
+    y = augment(x, replace(NONE, zoom=(0.5, 0.5), zoom_probability=1.0), seeded())
     corners = {round(float(v), 3) for v in (y[0, 0, 0, 0], y[0, 0, 0, -1])}
     expected = [x[0, 0, 7:9, a : a + 2] for a in (7, 23)]
     # Output pixel 0 lies at 7.75 of the input: a quarter of pixel 7, three quarters of pixel 8, in both directions.
@@ -88,3 +88,13 @@ def test_cutmix_of_probability_zero_changes_nothing() -> None:
     mixed, mixed_targets = cutmix(x, targets, 0.0, seeded())
     assert mixed is x
     assert mixed_targets is targets
+
+
+def test_images_that_are_not_zoomed_move_by_whole_pixels(x: torch.Tensor) -> None:
+    """Every pixel of the result is a pixel of the image: nothing is blurred."""
+    y = augment(x, replace(NONE, shift=0.125, zoom_probability=0.0), seeded())
+
+    for image, source in zip(y, x, strict=True):
+        distance = (image.flatten(1).T.unsqueeze(1) - source.flatten(1).T.unsqueeze(0)).abs().amax(dim=-1)
+        assert distance.min(dim=1).values.max() < 1e-4
+        assert not torch.allclose(image, source)
