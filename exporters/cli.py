@@ -20,6 +20,7 @@ from exporters.recipe import run
 from exporters.reduction_schedule import ScheduleError
 from exporters.sources.base import Source, SourceError
 from exporters.sources.timm_vit import TimmSource
+from exporters.sources.transformers_vit import TransformersSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
 from models.weights import WeightsError
@@ -46,10 +47,15 @@ def _group() -> None:
 
 @app.command()
 def export(
-    weights: Annotated[Path, typer.Option(exists=True, dir_okay=False, help=".safetensors, a checkpoint, a state dict.")],
     calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits and INT8 on.")],
     test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
     version: Annotated[int, typer.Option(min=1, help="Number of the new version.")],
+    weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help=".safetensors, a checkpoint, a state dict.")
+    ] = None,
+    transformers: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Or a folder as transformers' save_pretrained writes it.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Name to publish under, and the network's in the zoo.")] = "vit_cifar10",
     timm_config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The weights are timm's; this is their config.json.")
@@ -59,7 +65,7 @@ def export(
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
     boundaries: Annotated[
-        str | None, typer.Option(help="With --timm-config: blocks after which a stage ends, as 4,8,12; exits are fitted.")
+        str | None, typer.Option(help="Blocks after which a stage ends, as 4,8,12; exits are fitted.")
     ] = None,
     reduce: Annotated[
         str | None, typer.Option(help="Token reduction: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…")
@@ -74,10 +80,7 @@ def export(
     """Export a network, stage by stage, in fp32 and INT8, with fitted exits: one of the zoo, or a ViT as timm keeps it."""
     console = Console()
     try:
-        names = _labels_of(model, timm_config, labels)
-        source: Source = ZooSource(model, weights)
-        if timm_config is not None:
-            source = TimmSource(weights, timm_config, names, _numbers(boundaries))
+        source, names = _source(model, weights, timm_config, labels, transformers, _numbers(boundaries))
         config = ExportConfig(
             name=model,
             source=source,
@@ -100,6 +103,7 @@ def export(
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
                     "--timm-config": timm_config,
+                    "--transformers": transformers,
                     "--labels": labels,
                     "--folders": folders,
                     "--weights": weights,
@@ -129,14 +133,28 @@ def export(
     console.print(f"published {directory}", soft_wrap=True)
 
 
-def _labels_of(model: str, timm_config: Path | None, labels: Path | None) -> tuple[str, ...]:
+def _source(
+    model: str,
+    weights: Path | None,
+    timm_config: Path | None,
+    labels: Path | None,
+    transformers: Path | None,
+    boundaries: tuple[int, ...],
+) -> tuple[Source, tuple[str, ...]]:
+    """What the options name, and the labels of its classes."""
+    if transformers is not None:
+        folder = TransformersSource(transformers, boundaries)
+        return folder, folder.labels()
+    if weights is None:
+        raise SourceError("say --weights FILE, or --transformers FOLDER")
     if timm_config is not None:
         if labels is None:
             raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
-        return tuple(_lines(labels))
+        names = tuple(_lines(labels))
+        return TimmSource(weights, timm_config, names, boundaries), names
     if model not in ZOO:
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
-    return ZOO[model].labels
+    return ZooSource(model, weights), ZOO[model].labels
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

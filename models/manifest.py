@@ -55,6 +55,7 @@ class PreprocessSpec(_Frozen):
     """From an RGB uint8 image to what stage 0 takes: resize the shorter side, crop the centre, normalise."""
 
     resize: PositiveInt = Field(description="Length of the shorter side after resizing, in pixels.")
+    squash: bool = Field(default=False, description="Both sides become that long, whatever the picture's proportions.")
     crop: tuple[PositiveInt, PositiveInt] = Field(description="Height and width of the centre crop, in pixels.")
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float] = Field(description="Per channel, RGB, in units of the scaled values.")

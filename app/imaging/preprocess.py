@@ -64,6 +64,8 @@ def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8
     short = min(width, height)
     # torchvision cuts the longer side to a whole number, and rounds the crop's offset half to even.
     new_width, new_height = spec.resize * width // short, spec.resize * height // short
+    if spec.squash:
+        new_width = new_height = spec.resize
     crop_height, crop_width = spec.crop
     left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
     if (new_width, new_height) == picture.size:

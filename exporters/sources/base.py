@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
 
@@ -35,3 +37,8 @@ class Source(Protocol):
             SourceError, WeightsError: it cannot be used.
         """
         ...
+
+
+def faults_of(error: ValidationError) -> str:
+    """Where and what, of every fault."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())

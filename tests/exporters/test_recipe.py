@@ -20,7 +20,7 @@ from exporters.sources.zoo import ZooSource
 from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
 from models.zoo import CIFAR10_LABELS, create_model
-from tests.checkpoints import LABELS, checkpoint, write_checkpoint
+from tests.checkpoints import LABELS, checkpoint, write_checkpoint, write_transformers_folder
 from tests.images import make_archive, make_jpeg, photo
 
 
@@ -225,3 +225,21 @@ def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path) -> Non
     assert (len(manifest.stages), [exit_.threshold is None for exit_ in manifest.variant("fp32").exits]) == (2, [False, True])
     assert wrong.exit_code == 1
     assert "boundaries (1, 3) must rise and end at the depth, 2" in wrong.output
+
+
+def test_a_folder_as_transformers_writes_it_becomes_a_version_too(tmp_path: Path) -> None:
+    """Its labels are its own, and pictures are squashed as its preprocessor says."""
+    write_transformers_folder(tmp_path / "model", checkpoint())
+    make_archive(tmp_path / "images.zip", LABELS, per_class=4)
+    arguments = ["export", "--model", "nano", "--version", "1", "--no-int8", "--repository", str(tmp_path / "repository")]
+    arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--transformers", str(tmp_path / "model")])
+    nothing = CliRunner().invoke(exporter, arguments)
+
+    assert result.exit_code == 0, result.output
+    manifest = ModelManifest.load(tmp_path / "repository" / "nano" / "1")
+    assert manifest.preprocess.squash
+    assert (tmp_path / "repository" / "nano" / "1" / "labels.txt").read_text().split() == list(LABELS)
+    assert nothing.exit_code == 1
+    assert "say --weights FILE, or --transformers FOLDER" in nothing.output

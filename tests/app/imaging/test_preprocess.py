@@ -167,3 +167,18 @@ def test_a_line_of_a_million_pixels_is_cropped_in_the_middle(size: tuple[int, in
 def test_the_pixel_limit_reaches_the_decoder() -> None:
     with pytest.raises(ImageTooLarge):
         load_pixels(make_png(), make_spec(), max_pixels=100)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 30), (64, 64)])
+@pytest.mark.parametrize("crop", [64, 56])
+def test_a_squashed_picture_is_the_whole_picture_whatever_its_proportions(size: tuple[int, int], crop: int) -> None:
+    """Pillow's resize to a square, then its centre; a JPEG at a reduced scale stays within the bound."""
+    image = photo(*size)
+    spec = make_spec(64, (crop, crop), squash=True)
+    offset = (64 - crop) // 2
+    square = np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BICUBIC))
+    expected = square[offset : offset + crop, offset : offset + crop]
+
+    assert difference(expected, preprocess(image, spec)).mean() < MAX_DIFFERENCE
+    loaded = load_pixels(make_jpeg(image, quality=98), spec, max_pixels=MAX_PIXELS)
+    assert difference(expected, loaded).mean() < 2 * MAX_DIFFERENCE  # and what the JPEG itself costs

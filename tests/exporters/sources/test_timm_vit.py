@@ -9,41 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from exporters.sources.base import SourceError
 from exporters.sources.timm_vit import TimmSource
 from models.weights import WeightsError
-from tests.checkpoints import DEPTH, HEADS, LABELS, PATCH, SIDE, TOLD, WIDTH, checkpoint, write_checkpoint
-
-
-def answer(state: dict[str, Tensor], image: Tensor) -> Tensor:
-    """What the papers say, written out from timm's names: logits (B, C)."""
-    x = (
-        F.conv2d(image, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    prefix = [state[name].expand(len(x), -1, -1) for name in ("cls_token", "dist_token") if name in state]
-    if state["pos_embed"].shape[1] == x.shape[1]:  # DeiT III: positions of the patches only
-        x = torch.cat([*prefix, x + state["pos_embed"]], dim=1)
-    else:
-        x = torch.cat([*prefix, x], dim=1) + state["pos_embed"]
-    for number in range(DEPTH):
-        w = {name.removeprefix(f"blocks.{number}."): value for name, value in state.items()}
-        y = F.layer_norm(x, (WIDTH,), w["norm1.weight"], w["norm1.bias"], 1e-6)
-        q, k, v = F.linear(y, w["attn.qkv.weight"], w["attn.qkv.bias"]).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        y = ((q @ k.transpose(-2, -1)) * (WIDTH // HEADS) ** -0.5).softmax(-1) @ v
-        y = F.linear(y.transpose(1, 2).flatten(2), w["attn.proj.weight"], w["attn.proj.bias"])
-        x = x + y * w.get("ls1.gamma", torch.ones(WIDTH))
-        y = F.layer_norm(x, (WIDTH,), w["norm2.weight"], w["norm2.bias"], 1e-6)
-        y = F.linear(F.gelu(F.linear(y, w["mlp.fc1.weight"], w["mlp.fc1.bias"])), w["mlp.fc2.weight"], w["mlp.fc2.bias"])
-        x = x + y * w.get("ls2.gamma", torch.ones(WIDTH))
-    x = F.layer_norm(x, (WIDTH,), state["norm.weight"], state["norm.bias"], 1e-6)
-    logits = F.linear(x[:, 0], state["head.weight"], state["head.bias"])
-    if "head_dist.weight" in state:
-        logits = (logits + F.linear(x[:, 1], state["head_dist.weight"], state["head_dist.bias"])) / 2
-    return logits
+from tests.checkpoints import LABELS, SIDE, TOLD, WIDTH, answer, checkpoint, write_checkpoint
 
 
 def source(folder: Path, state: dict[str, Tensor], told: dict[str, Any] | None = None) -> TimmSource:
@@ -98,7 +68,7 @@ def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
         ({"blocks.1.attn.proj.bias": None}, "lacks blocks.1.attn.proj.bias"),
         ({"head.weight": torch.zeros(7, WIDTH)}, r"head.weight has shape \(7, 32\), not \(5, 32\)"),
         ({"norm_pre.weight": torch.zeros(WIDTH)}, "no use is known for norm_pre.weight"),
-        ({"patch_embed.proj.weight": None}, "no Vision Transformer as timm keeps it: patch_embed.proj.weight missing"),
+        ({"patch_embed.proj.weight": None}, "no Vision Transformer that is known: patch_embed.proj.weight missing"),
         ({"pos_embed": torch.zeros(1, 12, WIDTH)}, "11 positions, which is no square"),
     ],
     ids=["missing", "shape", "left over", "other network", "positions"],

@@ -1,0 +1,153 @@
+"""A plain Vision Transformer out of a state dict under timm's names: what the readers of several formats have in common.
+
+What is only another way of writing the same numbers is folded into the weights: LayerScale, a class token without position,
+the two classifiers of distilled DeiT.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from exporters.sources.base import SourceError
+from models.multi_exit import MultiExitViT
+from models.vit import LAYER_NORM_EPS, ViTConfig
+from models.weights import WeightsError
+
+BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+BLOCK_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+BLOCK_TENSORS = tuple(f"{layer}.{kind}" for layer in BLOCK_LAYERS for kind in ("weight", "bias"))
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What weights cannot say of themselves."""
+
+    image_size: int  # pixels, square
+    num_heads: int
+    num_classes: int
+    norm_eps: float = LAYER_NORM_EPS
+
+
+def width_of(state: dict[str, Tensor]) -> int:
+    """The width of the network.
+
+    Raises:
+        WeightsError: this is no Vision Transformer.
+    """
+    if missing := [name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight") if name not in state]:
+        raise WeightsError(f"this is no Vision Transformer that is known: {', '.join(missing)} missing")
+    return int(state["patch_embed.proj.weight"].shape[0])
+
+
+def network_of(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) -> MultiExitViT:
+    """Our network with these weights, in evaluation mode; heads of early exits are not fitted yet.
+
+    Args:
+        boundaries: numbers of blocks after which a stage ends; none: one stage.
+
+    Raises:
+        SourceError: the boundaries do not fit the depth.
+        WeightsError: a tensor is missing, of another shape, or has no use: it would change the answer.
+    """
+    config = _config_of(state, told)
+    try:
+        model = MultiExitViT(config, tuple(boundaries) or (config.depth,))
+    except ValueError as error:
+        raise SourceError(str(error)) from error
+    missing, unexpected = model.load_state_dict(_converted(state, config, model.boundaries), strict=False)
+    last = f"stages.{len(model.stages) - 1}."
+    if unexpected or any(".head." not in name or name.startswith(last) for name in missing):
+        raise AssertionError(f"our own names are wrong: {missing}, {unexpected}")
+    return model.eval()
+
+
+def _config_of(state: dict[str, Tensor], told: Told) -> ViTConfig:
+    width = width_of(state)
+    if "dist_token" in state:
+        pooling: Literal["cls", "cls_dist", "mean"] = "cls_dist"
+    else:
+        pooling = "cls" if "cls_token" in state and "fc_norm.weight" not in state else "mean"
+    return ViTConfig(
+        image_size=told.image_size,
+        patch_size=state["patch_embed.proj.weight"].shape[-1],
+        width=width,
+        depth=1 + max(int(match[1]) for name in state if (match := BLOCK.fullmatch(name))),
+        num_heads=told.num_heads,
+        num_classes=told.num_classes,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        pooling=pooling,
+        norm_eps=told.norm_eps,
+    )
+
+
+def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence[int]) -> dict[str, Tensor]:
+    """The same numbers under our names. Every tensor must have a use: what is left over would change the answer."""
+    left = dict(state)
+
+    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        if name not in left:
+            raise WeightsError(f"the checkpoint lacks {name}")
+        value = left.pop(name).float()
+        if shape is not None and tuple(value.shape) != shape:
+            raise WeightsError(f"{name} has shape {tuple(value.shape)}, not {shape}")
+        return value
+
+    found = {
+        "stages.0.embedding.patch_embed.proj.weight": take("patch_embed.proj.weight"),
+        "stages.0.embedding.patch_embed.proj.bias": take("patch_embed.proj.bias", (config.width,)),
+    }
+    prefix = [take(name, (1, 1, config.width)) for name in ("cls_token", "dist_token") if name in left]
+    if config.num_prefix_tokens:
+        found["stages.0.embedding.cls_token"] = torch.cat(prefix, dim=1)
+    found["stages.0.embedding.pos_embed"] = _positions(take("pos_embed"), config)
+    starts = (0, *boundaries[:-1])
+    for number in range(config.depth):
+        stage = max(index for index, start in enumerate(starts) if start <= number)
+        tensors = {name: take(f"blocks.{number}.{name}") for name in BLOCK_TENSORS}
+        for branch, last in (("1", "attn.proj"), ("2", "mlp.fc2")):
+            for name in (f"blocks.{number}.ls{branch}.gamma", f"blocks.{number}.gamma_{branch}"):
+                if name in left:  # LayerScale (Touvron et al., CaiT, ICCV 2021): a factor on what the branch gives
+                    gamma = take(name, (config.width,))
+                    tensors[f"{last}.weight"] *= gamma.unsqueeze(1)
+                    tensors[f"{last}.bias"] *= gamma
+        for name, value in tensors.items():
+            found[f"stages.{stage}.blocks.{number - starts[stage]}.{name}"] = value
+    head = f"stages.{len(boundaries) - 1}.head"
+    norm = "fc_norm" if "fc_norm.weight" in left else "norm"
+    found |= {f"{head}.norm.{kind}": take(f"{norm}.{kind}", (config.width,)) for kind in ("weight", "bias")}
+    shape = (config.num_classes, config.width)
+    weight, bias = take("head.weight", shape), take("head.bias", shape[:1])
+    if config.pooling == "cls_dist":
+        if "head_dist.weight" in left:  # the mean of two classifiers is one over both tokens
+            weight = torch.cat([weight, take("head_dist.weight", shape)], dim=1) / 2
+            bias = (bias + take("head_dist.bias", shape[:1])) / 2
+        else:  # a distillation token that only the others see
+            weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    found |= {f"{head}.fc.weight": weight, f"{head}.fc.bias": bias}
+    if left:
+        raise WeightsError(f"no use is known for {', '.join(sorted(left)[:8])}: this is another network than a plain ViT")
+    return found
+
+
+def _positions(positions: Tensor, config: ViTConfig) -> Tensor:
+    """Position embedding (1, N, D) for the configuration's tokens: resampled for another image size."""
+    num_prefix = config.num_prefix_tokens
+    without_prefix = math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]  # DeiT III's class token has no position
+    prefix = positions.new_zeros(1, num_prefix, config.width) if without_prefix else positions[:, :num_prefix]
+    patches = positions if without_prefix else positions[:, num_prefix:]
+    side, wanted = math.isqrt(patches.shape[1]), config.image_size // config.patch_size
+    if side**2 != patches.shape[1]:
+        raise WeightsError(f"pos_embed has {patches.shape[1]} positions, which is no square")
+    if side != wanted:
+        grid = patches.reshape(1, side, side, config.width).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=True)
+        patches = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    return torch.cat([prefix, patches], dim=1)
