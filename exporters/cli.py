@@ -62,6 +62,7 @@ def export(
     ] = None,
     labels: Annotated[Path | None, typer.Option(exists=True, help="With --timm-config: a label a line, in order.")] = None,
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
     boundaries: Annotated[
@@ -88,6 +89,7 @@ def export(
             test_images=test,
             repository=repository,
             version=version,
+            unlabelled=unlabelled,
             folders=None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))},
             other_images=_named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
@@ -113,7 +115,7 @@ def export(
                     "--reduce": reduce,
                     "--boundaries": boundaries,
                 },
-                flags=[] if int8 else ["--no-int8"],
+                flags=([] if int8 else ["--no-int8"]) + (["--unlabelled"] if unlabelled else []),
             ),
         )
         with console.status("exporting"):

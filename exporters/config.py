@@ -65,6 +65,7 @@ class ExportConfig:
     test_images: Path  # the same form; only ever measured on
     repository: Path
     version: int
+    unlabelled: bool = False  # calibration and test images have no labels: the network's own answers in fp32 stand for them
     folders: Mapping[str, int] | None = None  # the class of each folder of images; None: folders are labels
     other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
     other_folders: Mapping[str, int] | None = None  # likewise, of those

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from app.errors import RequestError
-from app.imaging.preprocess import load_pixels
+from app.imaging.preprocess import Pixels, load_pixels
 from app.types import Array
 from models.manifest import PreprocessSpec
 
@@ -55,16 +55,29 @@ def read_images(
                 continue
             raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
         data = read()
-        try:
-            pixels.append(load_pixels(data, spec, max_pixels=MAX_PIXELS))
-        except RequestError as error:
-            raise ImageSetError(f"{name}: {error}") from error
+        pixels.append(_load(name, data, spec))
         targets.append(index[label])
         digest.update(data)
     if not pixels:
         where = " in a folder that is mapped" if folders else ""
         raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>{where}")
     return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
+
+
+def read_unlabelled(path: Path, spec: PreprocessSpec) -> ImageSet:
+    """Read every file of a folder with its sub-folders, or of a zip archive; labels are -1.
+
+    Raises:
+        ImageSetError: when there are none, or a file is not an image.
+    """
+    pixels, digest = [], hashlib.sha256()
+    for name, read in _files(path, pattern="**/*"):
+        data = read()
+        pixels.append(_load(name, data, spec))
+        digest.update(data)
+    if not pixels:
+        raise ImageSetError(f"{path.name} holds no images")
+    return ImageSet(np.stack(pixels), np.full(len(pixels), -1, dtype=np.int64), digest.hexdigest())
 
 
 def classes_by_folder(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
@@ -80,9 +93,16 @@ def classes_by_folder(mapping: Mapping[str, str], labels: Sequence[str]) -> dict
     return {folder: list(labels).index(label) for folder, label in mapping.items()}
 
 
-def _files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def _load(name: str, data: bytes, spec: PreprocessSpec) -> Pixels:
+    try:
+        return load_pixels(data, spec, max_pixels=MAX_PIXELS)
+    except RequestError as error:
+        raise ImageSetError(f"{name}: {error}") from error
+
+
+def _files(path: Path, pattern: str = "*/*") -> Iterator[tuple[str, Callable[[], bytes]]]:
     if path.is_dir():
-        for file in sorted(entry for entry in path.glob("*/*") if entry.is_file() and not entry.name.startswith(".")):
+        for file in sorted(entry for entry in path.glob(pattern) if entry.is_file() and not entry.name.startswith(".")):
             yield f"{file.parent.name}/{file.name}", file.read_bytes
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

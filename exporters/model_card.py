@@ -11,6 +11,11 @@ from typing import Any
 from exporters.config import ExportConfig
 from models.manifest import ModelManifest
 
+NO_LABELS = """**The images had no labels.** What is called accuracy here is agreement with the network's own answer, in fp32,
+at its last exit and without token reduction.
+
+"""
+
 
 def model_card(
     config: ExportConfig,
@@ -71,7 +76,7 @@ def model_card(
 - **Licence of the weights:** {config.licence}
 - **Made by:** `{config.command}` at commit {provenance["commit"]}
 
-Fitted on {report["fitted_on"]["images"]} images that were not trained on; every figure below is from
+{NO_LABELS if config.unlabelled else ""}Fitted on {report["fitted_on"]["images"]} images; every figure below is from
 {report["tested_on"]["images"]} test images that took no part in training or fitting. Losses are paired, with their 95 %
 interval. `python -m exporters evaluate --images TEST` measures all of it again.
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -25,7 +25,7 @@ from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
-from exporters.images import ImageSet, read_images
+from exporters.images import ImageSet, read_images, read_unlabelled
 from exporters.model_card import model_card
 from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
@@ -82,8 +82,12 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
             full = _unreduced(config, network, build)
             apply_schedule(model, schedule)
         progress("reading images")
-        fitting = read_images(config.calibration_images, network.labels, spec, folders=config.folders)
-        test = read_images(config.test_images, network.labels, spec, folders=config.folders)
+        fitting, test = (
+            read_unlabelled(path, spec)
+            if config.unlabelled
+            else read_images(path, network.labels, spec, folders=config.folders)
+            for path in (config.calibration_images, config.test_images)
+        )
         others = {
             name: read_images(path, network.labels, spec, folders=config.other_folders)
             for name, path in config.other_images.items()
@@ -110,6 +114,8 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         progress("fitting exits and evaluating")
         costs = [stage.gmacs for stage in draft.stages]
         fitting_logits = {name: logits_per_exit(backend, len(costs), fitting.pixels) for name, backend in backends.items()}
+        if config.unlabelled:
+            fitting, test = (_answered(images, full or backends[FP32], len(costs)) for images in (fitting, test))
         if INT8 in variants:
             validate_quantized(fitting_logits[FP32][-1], fitting_logits[INT8][-1], fitting.labels, config.quantization)
         fitted = {
@@ -128,6 +134,11 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
         return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
+
+
+def _answered(images: ImageSet, backend: OrtBackend, num_stages: int) -> ImageSet:
+    """With the network's own answers for labels."""
+    return replace(images, labels=logits_per_exit(backend, num_stages, images.pixels)[-1].argmax(axis=1))
 
 
 def _write_int8(config: ExportConfig, network: Network, fitting: ImageSet, build: Path, progress: Progress) -> str:

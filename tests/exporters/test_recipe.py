@@ -243,3 +243,19 @@ def test_a_folder_as_transformers_writes_it_becomes_a_version_too(tmp_path: Path
     assert (tmp_path / "repository" / "nano" / "1" / "labels.txt").read_text().split() == list(LABELS)
     assert nothing.exit_code == 1
     assert "say --weights FILE, or --transformers FOLDER" in nothing.output
+
+
+def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tmp_path: Path) -> None:
+    """Images lie anywhere; fp32 agrees with itself, and the card says what the figures are."""
+    images = tmp_path / "images"
+    for number in range(12):
+        (images / "deep" / "down").mkdir(parents=True, exist_ok=True)
+        (images / ("deep/down" if number % 2 else "") / f"{number}.jpg").write_bytes(make_jpeg(photo(40, 36, seed=number)))
+    config = replace(make_config(inputs, tmp_path), calibration_images=images, test_images=images, unlabelled=True)
+
+    directory = recipe.run(config)
+
+    report = json.loads((directory / "report.json").read_text())
+    assert report["tested_on"]["images"] == 12
+    assert report["variants"]["fp32"]["top1_by_exit"][-1] == 1.0
+    assert "**The images had no labels.**" in (directory / "MODEL_CARD.md").read_text()
