@@ -39,7 +39,7 @@ def _cifar10_preprocess(size: int) -> PreprocessSpec:
 
 
 ZOO: dict[str, ZooEntry] = {
-    # The embedded default model: five convolutions to 64 tokens, then six blocks. The first exit is behind the first block,
+    # The embedded default model: seven convolutions to 64 tokens, then six blocks. The first exit is behind the first block,
     # since the stem costs as much as two, so that each stage has about a third of the work.
     "vit_cifar10": ZooEntry(
         config=ViTConfig(
@@ -51,7 +51,7 @@ ZOO: dict[str, ZooEntry] = {
             num_classes=10,
             mlp_ratio=2.0,
             pooling="mean",
-            stem=((32, 1), (96, 2), (96, 1), (96, 1), (192, 2)),
+            stem=((32, 1), (64, 2), (64, 1), (64, 1), (128, 2), (128, 1), (192, 1)),
         ),
         boundaries=(1, 3, 6),
         preprocess=_cifar10_preprocess(32),

@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--teacher-epochs",
         type=int,
-        default=0,
-        help="train a convolutional teacher first; default 0: the last exit teaches the others",
+        default=teacher_config.epochs,
+        help=f"of a convolutional teacher, before; default {teacher_config.epochs}; 0: the last exit teaches the others",
     )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)

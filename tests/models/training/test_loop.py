@@ -72,7 +72,7 @@ def test_training_learns_and_an_interrupted_run_goes_on_as_if_unbroken(
 
 def test_the_teacher_learns_by_the_same_loop(data: Split, tmp_path: Path) -> None:
     """One exit; its checkpoint is loaded by who distils from it."""
-    config = TeacherConfig(epochs=8, batch_size=8, learning_rate=0.1, bf16=False, augment=MILD)
+    config = TeacherConfig(epochs=6, batch_size=8, learning_rate=3e-3, bf16=False, augment=MILD)
     teacher = TeacherLearner(config, ENTRY)
     fit(teacher, config, data, data, tmp_path, "teacher")
 

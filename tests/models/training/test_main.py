@@ -27,7 +27,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_makes_its_directory_and_the_held_out_archive(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From two archives to a checkpoint, an archive to fit exits on, and the test accuracy of each exit."""
     run_dir = data / "new" / "run"
-    main(["--data", str(data), "--run-dir", str(run_dir), "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1"])
+    main(["--data", str(data), "--run-dir", str(run_dir), "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1", "--teacher-epochs", "0"])
 
     assert {"checkpoint.pt", "log.jsonl", "curves.png", "config.json"} == {
         path.name for path in (run_dir / "network").iterdir()
@@ -43,7 +43,7 @@ def test_further_photographs_are_trained_on(data: Path, capsys: pytest.CaptureFi
         for number in range(3):
             archive.writestr(f"n02123045/{number}.jpg", make_jpeg(photo(40, 40, seed=number)))
     arguments = ["--data", str(data), "--run-dir", str(data / "run"), "--photos", str(data / "photos.zip")]
-    main([*arguments, "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1"])
+    main([*arguments, "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1", "--teacher-epochs", "0"])
 
     assert "3 further photographs" in capsys.readouterr().out
 
