@@ -9,14 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.training.config import StudentConfig, TeacherConfig
-from models.training.data import join, load, read_photos, write_held_out
+from models.training.data import Split, join, load, read_photos, to_tensor, write_held_out
 from models.training.learners import StudentLearner, TeacherLearner
-from models.training.loop import CHECKPOINT, accuracy_per_exit, fit
+from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
+from models.training.whitening import whiten
 from models.zoo import ZOO
 
 HELD_OUT = "held_out.zip"
+WHITENING_IMAGES = 4000
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
 
@@ -62,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.teacher_epochs:
         teacher_config = replace(teacher_config, epochs=arguments.teacher_epochs, seed=arguments.seed)
         teacher = TeacherLearner(teacher_config, entry)
+        start_white(teacher, data)
         fit(teacher, teacher_config, data, held_out, arguments.run_dir / "teacher", "teacher")
         teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
         print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=teacher_config.bf16)[0]:.2f} %")
@@ -77,11 +81,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if student_config.first_stage_epochs:
         first_config = replace(student_config, epochs=student_config.first_stage_epochs)
         first = StudentLearner(first_config, entry, teacher, num_stages=1)
+        start_white(first, data)
         fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage")
         student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
     fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
+
+
+def start_white(learner: Learner, data: Split) -> None:
+    """Whiten the first convolution on some of the images, where there is one; a checkpoint takes precedence later."""
+    for module in learner.model.modules():
+        if isinstance(module, nn.Conv2d):
+            if module.kernel_size == (3, 3):
+                whiten(module, to_tensor(data.images[:WHITENING_IMAGES], learner.mean, learner.std))
+            return
 
 
 if __name__ == "__main__":

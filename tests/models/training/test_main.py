@@ -27,7 +27,22 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_makes_its_directory_and_the_held_out_archive(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From two archives to a checkpoint, an archive to fit exits on, and the test accuracy of each exit."""
     run_dir = data / "new" / "run"
-    main(["--data", str(data), "--run-dir", str(run_dir), "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1", "--teacher-epochs", "0"])
+    main(
+        [
+            "--data",
+            str(data),
+            "--run-dir",
+            str(run_dir),
+            "--model",
+            "test_vit",
+            "--epochs",
+            "1",
+            "--first-stage-epochs",
+            "1",
+            "--teacher-epochs",
+            "0",
+        ]
+    )
 
     assert {"checkpoint.pt", "log.jsonl", "curves.png", "config.json"} == {
         path.name for path in (run_dir / "network").iterdir()
