@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -19,9 +20,36 @@ def spread(count: int, wanted: int) -> Array:
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64)
 
 
-def collect_ranges(
-    stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig
-) -> list[dict[str, ActivationRange]]:
+@dataclass(slots=True)
+class Extremes:
+    """The smallest and largest values of a tensor so far: of each channel of tokens (B, N, C), else of all."""
+
+    low: Array
+    high: Array
+
+    @classmethod
+    def of(cls, values: Array) -> Extremes:
+        axes = (0, 1) if values.ndim == 3 else None
+        return cls(np.asarray(values.min(axis=axes)), np.asarray(values.max(axis=axes)))
+
+    def joined(self, other: Extremes) -> Extremes:
+        """Of both."""
+        return Extremes(np.minimum(self.low, other.low), np.maximum(self.high, other.high))
+
+    def divided(self, factor: Array) -> Extremes:
+        """When each channel is divided by a positive number of its own."""
+        return Extremes(self.low / factor, self.high / factor)
+
+    def range(self, config: CalibrationConfig) -> ActivationRange:
+        """One range for all channels but the outliers."""
+        outliers = outlier_channels(np.maximum(-self.low, self.high), config) if self.low.ndim else ()
+        kept = np.ones(self.low.shape, dtype=bool)
+        if outliers:
+            kept[list(outliers)] = False
+        return ActivationRange(float(self.low[kept].min()), float(self.high[kept].max()), outliers)
+
+
+def collect_extremes(stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig) -> list[dict[str, Extremes]]:
     """The smallest and largest input of each linear layer and output of each convolution, per stage.
 
     Min-max, not percentiles: percentiles were worse on real Vision Transformers (docs/adr/0005). Every image goes
@@ -33,7 +61,7 @@ def collect_ranges(
     """
     pixels = pixels[spread(len(pixels), config.num_images)]
     sessions = [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
-    seen: list[dict[str, _Seen]] = [{} for _ in stages]
+    seen: list[dict[str, Extremes]] = [{} for _ in stages]
     for start in range(0, len(pixels), config.batch_size):
         inputs = {PIXELS: pixels[start : start + config.batch_size]}
         for index, session in enumerate(sessions):
@@ -42,28 +70,21 @@ def collect_ranges(
             wanted = {node.name for node in sessions[index + 1].get_inputs()} if index + 1 < len(sessions) else set()
             inputs = {name: outputs[name] for name in wanted}
             for name in set(names) - wanted - {LOGITS}:
-                seen[index].setdefault(name, _Seen()).add(outputs[name])
+                now = Extremes.of(outputs[name])
+                seen[index][name] = now if name not in seen[index] else seen[index][name].joined(now)
+    return seen
+
+
+def ranges_of(seen: Sequence[Mapping[str, Extremes]], config: CalibrationConfig) -> list[dict[str, ActivationRange]]:
+    """What quantization needs of it."""
     return [{name: each.range(config) for name, each in stage.items()} for stage in seen]
 
 
-class _Seen:
-    """The extremes of a tensor so far: of each channel of tokens (B, N, C), else of all."""
-
-    def __init__(self) -> None:
-        self._low: Array = np.array(np.inf)
-        self._high: Array = np.array(-np.inf)
-
-    def add(self, values: Array) -> None:
-        axes = (0, 1) if values.ndim == 3 else None
-        self._low = np.minimum(self._low, values.min(axis=axes))
-        self._high = np.maximum(self._high, values.max(axis=axes))
-
-    def range(self, config: CalibrationConfig) -> ActivationRange:
-        outliers = outlier_channels(np.maximum(-self._low, self._high), config) if self._low.ndim else ()
-        kept = np.ones(self._low.shape, dtype=bool)
-        if outliers:
-            kept[list(outliers)] = False
-        return ActivationRange(float(self._low[kept].min()), float(self._high[kept].max()), outliers)
+def collect_ranges(
+    stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig
+) -> list[dict[str, ActivationRange]]:
+    """`ranges_of` what `collect_extremes` sees."""
+    return ranges_of(collect_extremes(stages, pixels, config), config)
 
 
 def outlier_channels(largest: Array, config: CalibrationConfig) -> tuple[int, ...]:

@@ -20,8 +20,9 @@ from app.runtime.cpu import has_exact_int8
 from app.runtime.golden import golden_key
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
-from exporters.calibration import collect_ranges
+from exporters.calibration import collect_extremes, ranges_of
 from exporters.config import ExportConfig
+from exporters.equalization import equalize
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
@@ -145,7 +146,8 @@ def _write_int8(config: ExportConfig, network: Network, fitting: ImageSet, build
     """Calibrate, choose the layers, write the stages; what is left in fp32."""
     progress("calibrating and writing int8 stages")
     model, spec = network.model, network.preprocess
-    ranges = collect_ranges(_graphs(model, spec, expose=True), fitting.pixels, config.calibration)
+    model, extremes = equalize(model, collect_extremes(_graphs(model, spec, expose=True), fitting.pixels, config.calibration))
+    ranges = ranges_of(extremes, config.calibration)
     selection = select_layers(lambda chosen: _graphs(model, spec, ranges=chosen), ranges, fitting.pixels, config.quantization)
     kept_fp32 = _kept_fp32(selection)
     progress(f"int8 agrees with fp32 on {100 * selection.agreement:.1f} % of the fitting images; in fp32: {kept_fp32}")

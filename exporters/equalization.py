@@ -1,0 +1,78 @@
+"""Even out the channels before quantization: what makes one channel small makes the weights behind it large, exactly.
+
+A tensor has one scale for all its channels, so a channel that ranges over little has few steps left. Dividing each channel by a
+number of its own, in the layer that makes it, and multiplying the rows of the next layer by it changes nothing in fp32. The
+normalisations in front of attention and MLP take the division in their gain and bias, the values of attention in their rows of
+the projection. Behind the GELU there is nothing to take it.
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019; between activations and
+weights as in Xiao et al., SmoothQuant, ICML 2023, equation 4 with a half.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from app.types import Array
+from exporters.calibration import Extremes
+from exporters.staging import blocks_of, stages_of
+from models.multi_exit import MultiExitViT
+from models.vit import Block
+
+LARGEST_FACTOR = 32.0  # beyond it weights lose more than activations gain
+
+
+def equalize(model: MultiExitViT, extremes: Sequence[Mapping[str, Extremes]]) -> tuple[MultiExitViT, list[dict[str, Extremes]]]:
+    """A copy that computes the same, and what its layers' inputs range over.
+
+    Args:
+        extremes: of every linear layer's input, by stage and layer, as calibration saw them in `model`.
+    """
+    model = copy.deepcopy(model)
+    changed = [dict(stage) for stage in extremes]
+    for stage, seen in zip(stages_of(model), changed, strict=True):
+        for number, block in enumerate(blocks_of(stage)):
+            _equalize_block(block, f"blocks.{number}", seen)
+    return model, changed
+
+
+@torch.no_grad()
+def _equalize_block(block: Block, name: str, seen: dict[str, Extremes]) -> None:
+    attention = [f"{name}.attn.{layer}" for layer in ("qkv", "kv", "q") if f"{name}.attn.{layer}" in seen]
+    _behind_norm(block.norm1, block.attn.qkv, attention, seen)
+    _behind_norm(block.norm2, block.mlp.fc1, [f"{name}.mlp.fc1"], seen)
+    projection = f"{name}.attn.proj"
+    if projection in seen:
+        factor = _factor(seen[projection], block.attn.proj.weight)
+        width = len(factor)
+        block.attn.qkv.weight[2 * width :] /= factor.unsqueeze(1)
+        block.attn.qkv.bias[2 * width :] /= factor
+        block.attn.proj.weight *= factor
+        seen[projection] = seen[projection].divided(factor.numpy())
+
+
+def _behind_norm(norm: nn.LayerNorm, linear: nn.Linear, layers: Sequence[str], seen: dict[str, Extremes]) -> None:
+    if not layers:
+        return
+    factor = _factor(seen[layers[0]], linear.weight)  # the first sees all tokens
+    norm.weight.div_(factor)
+    norm.bias.div_(factor)
+    linear.weight *= factor
+    for layer in layers:
+        seen[layer] = seen[layer].divided(factor.numpy())
+
+
+def _factor(extremes: Extremes, weight: torch.Tensor) -> torch.Tensor:
+    """Of each input channel: sqrt(largest activation / largest weight), about 1 in the geometric mean."""
+    activation: Array = np.maximum(np.abs(extremes.low), np.abs(extremes.high))
+    of_weight = weight.abs().amax(dim=0).numpy()
+    used = (activation > 0) & (of_weight > 0)
+    factor = np.ones_like(of_weight)
+    factor[used] = np.sqrt(activation[used] / of_weight[used])
+    factor[used] /= np.exp(np.log(factor[used]).mean()) if used.any() else 1
+    return torch.from_numpy(np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))
