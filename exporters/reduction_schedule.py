@@ -15,10 +15,14 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ReductionSchedule:
-    """A method, and how many tokens each block removes, from the first on; a block that is not named removes none."""
+    """A method, and how many tokens each block removes, from the first on.
+
+    `up_to`: merging takes at most half of the tokens at once; a block that cannot give so many gives what it can.
+    """
 
     method: str
     removed: tuple[int, ...]
+    up_to: bool = False
 
     @classmethod
     def parse(cls, text: str, depth: int) -> ReductionSchedule:
@@ -37,11 +41,12 @@ class ReductionSchedule:
             else:
                 removed = tuple(int(part) for part in amounts.split(","))
                 removed = removed * depth if len(removed) == 1 else removed
+            by_block = "," in amounts
         except ValueError as error:
             raise ScheduleError(f"{text!r} is no schedule: say METHOD:13, METHOD:20x9 or METHOD:0,0,8,…") from error
         if len(removed) != depth or min(removed) < 0:
             raise ScheduleError(f"{text!r} is no schedule for {depth} blocks")
-        return cls(method, removed)
+        return cls(method, removed, up_to=not by_block)
 
     def __str__(self) -> str:
         return f"{self.method}:{','.join(map(str, self.removed))}"
@@ -54,13 +59,15 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
         ScheduleError: a block would be left with too few, or the method cannot work in this network.
     """
     count, num_prefix = model.config.num_patches, model.config.num_prefix_tokens
+    merges = schedule.method == "tome"
     blocks = [block for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]  # ModuleLists
-    for number, (block, amount) in enumerate(zip(blocks, schedule.removed, strict=True)):
+    for number, (block, asked) in enumerate(zip(blocks, schedule.removed, strict=True)):
+        amount = min(asked, count // 2) if merges and schedule.up_to else asked
         if not amount:
             continue
         if not isinstance(block, Block):
             raise ScheduleError(f"block {number} is a {type(block).__name__}")
-        if schedule.method == "tome" and amount > count // 2:
+        if merges and amount > count // 2:
             raise ScheduleError(
                 f"block {number} has {count} patch tokens, of which at most {count // 2} can be merged, not {amount}"
             )

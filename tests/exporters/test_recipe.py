@@ -200,7 +200,7 @@ def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
 
-    result = CliRunner().invoke(exporter, [*arguments, "--reduce", "tome:9"])
+    result = CliRunner().invoke(exporter, [*arguments, "--reduce", "tome:9,0,0,0,0,0"])
 
     assert result.exit_code == 1
     assert "at most 8 can be merged, not 9" in result.output
