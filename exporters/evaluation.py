@@ -20,8 +20,9 @@ from models.manifest import PIXELS, ExitSpec, StageSpec
 
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
 TIMED_BATCH = 8
-TIMED_IMAGES = 512
+MIN_TIMED_IMAGES, MAX_TIMED_IMAGES = 32, 512  # as many as TIMED_S allows: a large network takes seconds for a few
 TIMED_ROUNDS = 5
+TIMED_S = 30.0
 NUM_CONFUSIONS = 6  # the most frequent mistakes that a report names
 Z_95 = 1.96  # standard deviations of a two-sided interval of 95 %
 
@@ -128,9 +129,14 @@ def milliseconds_per_image(
 
     Args:
         backends: by variant; exits: likewise.
-        pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed.
+        pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed, for about half a minute at most.
     """
-    pixels = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), TIMED_IMAGES)).round().astype(np.int64)]
+    few = _spread(pixels, MIN_TIMED_IMAGES)
+    started = time.perf_counter()
+    for name, backend in backends.items():  # also warms up
+        _run_in_batches(backend, len(exits[name]), None, few)
+    one_round_s = 2 * (time.perf_counter() - started) / len(few)  # of an image, both ways
+    pixels = _spread(pixels, min(MAX_TIMED_IMAGES, max(MIN_TIMED_IMAGES, round(TIMED_S / TIMED_ROUNDS / one_round_s))))
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(TIMED_ROUNDS):
         for name, backend in backends.items():
@@ -145,6 +151,11 @@ def milliseconds_per_image(
         }
         for name in backends
     }
+
+
+def _spread(pixels: Array, wanted: int) -> Array:
+    """Some of them, evenly spread."""
+    return pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), wanted)).round().astype(np.int64)]
 
 
 def _run_in_batches(backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array) -> None:
