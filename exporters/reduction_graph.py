@@ -7,21 +7,41 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporters.graph_writer import GraphWriter
-from models.token_reduction import TokenReduction
+from models.token_reduction import CLUSTER_ROUNDS, TINY, TokenReduction
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """Names of a block's tokens behind those in front, and how many there are.
+    """Names of what a reduction may want to know of a block.
 
-    tokens (B, M, D), sizes (B, M, 1) or "" where every token stands for one patch, class_attention (B, M), keys (B, M, d).
+    tokens: behind those in front, (B, M, D); sizes: theirs, (B, M, 1), or "" where every token stands for one patch;
+    weights: of attention, of all tokens, (B, heads, N, N); keys: of all tokens, (B, heads, d, N).
     """
 
     tokens: str
     sizes: str
-    class_attention: str
+    weights: str
     keys: str
-    count: int
+    num_prefix: int
+    count: int  # M
+
+    def class_attention(self, graph: GraphWriter) -> str:
+        """How much the first token looks at each patch, (B, M)."""
+        first = graph.slice(self.weights, 0, 1, axis=2)
+        return self._of_patches(graph, first)
+
+    def attention_received(self, graph: GraphWriter) -> str:
+        """How much all tokens look at each patch, (B, M)."""
+        return self._of_patches(graph, self.weights)
+
+    def _of_patches(self, graph: GraphWriter, weights: str) -> str:
+        looked_at = graph.slice(weights, self.num_prefix, self.num_prefix + self.count, axis=3)
+        return graph.node("ReduceMean", looked_at, graph.constant([1, 2]), keepdims=0)
+
+    def mean_keys(self, graph: GraphWriter) -> str:
+        """Mean over the heads, (B, M, d)."""
+        keys = graph.slice(self.keys, self.num_prefix, self.num_prefix + self.count, axis=3)
+        return graph.node("Transpose", graph.node("ReduceMean", keys, graph.constant([1]), keepdims=0), perm=[0, 2, 1])
 
 
 def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patches) -> tuple[str, str]:
@@ -30,20 +50,23 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
     Raises:
         NotImplementedError: the method has no graph.
     """
+    keep = reduction.keep
     match reduction.method:
         case "tome":
-            return _tome(graph, patches, patches.count - reduction.keep)
+            return _tome(graph, patches, patches.count - keep)
         case "evit":
-            score, order = _sorted(graph, patches.class_attention, patches.count)
-            return _fuse(graph, patches, order, score, reduction.keep), ""
+            score, order = _sorted(graph, patches.class_attention(graph), patches.count)
+            return _fuse(graph, patches, order, score, keep), ""
         case "tps":
-            _, order = _sorted(graph, patches.class_attention, patches.count)
-            return _squeeze(graph, patches, order, reduction.keep), ""
+            _, order = _sorted(graph, patches.class_attention(graph), patches.count)
+            return _squeeze(graph, patches, order, keep), ""
+        case "token_pooling":
+            return _pool_clusters(graph, patches, keep), ""
         case "top_k_attention":
-            return _take(graph, patches.tokens, _top_k(graph, patches.class_attention, reduction.keep)), ""
+            return _take(graph, patches.tokens, _top_k(graph, patches.class_attention(graph), keep)), ""
         case "top_k_norm":
             norm = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=0)
-            return _take(graph, patches.tokens, _top_k(graph, norm, reduction.keep)), ""
+            return _take(graph, patches.tokens, _top_k(graph, norm, keep)), ""
     raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
 
 
@@ -79,7 +102,7 @@ def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, s
     """Bolya et al., ICLR 2023, section 3."""
     count = patches.count
     num_found, num_looking = (count + 1) // 2, count // 2
-    keys = _normalised(graph, patches.keys)
+    keys = _normalised(graph, patches.mean_keys(graph))
     found_keys, looking_keys = _halves(graph, keys, count)
     similarity = graph.node("MatMul", looking_keys, graph.node("Transpose", found_keys, perm=[0, 2, 1]))
     best = graph.node("ReduceMax", similarity, graph.constant([-1]), keepdims=0)
@@ -128,3 +151,35 @@ def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str
     own = graph.scalar("e", np.e)
     mixed = graph.node("Add", graph.node("Mul", kept, own), graph.node("MatMul", put, graph.node("Mul", rest, share)))
     return graph.node("Div", mixed, graph.node("Add", graph.node("MatMul", put, share), own))
+
+
+def _pool_clusters(graph: GraphWriter, patches: Patches, keep: int) -> str:
+    """Marin et al., WACV 2023: k-medoids, its rounds written one after the other."""
+    x, score = patches.tokens, patches.attention_received(graph)
+    distance = _distances(graph, x)
+    share = graph.node("Unsqueeze", score, graph.constant([-1]))  # (B, M, 1)
+    medoids = _top_k(graph, score, keep)
+    far = graph.scalar("far", float(np.finfo(np.float32).max) / 4)
+    for _ in range(CLUSTER_ROUNDS):
+        members = graph.node("Transpose", _members(graph, distance, medoids, keep), perm=[0, 2, 1])  # (B, M, keep)
+        cost = graph.node("MatMul", distance, graph.node("Mul", members, share))
+        foreign = graph.node("Mul", graph.node("Sub", graph.scalar("one", 1), members), far)
+        medoids = graph.node("ArgMin", graph.node("Add", cost, foreign), axis=1, keepdims=0)
+    put = _members(graph, distance, medoids, keep)
+    total = graph.node("Max", graph.node("MatMul", put, share), graph.scalar("tiny", TINY))
+    return graph.node("Div", graph.node("MatMul", put, graph.node("Mul", x, share)), total)
+
+
+def _distances(graph: GraphWriter, x: str) -> str:
+    """Euclidean, between all patches, (B, M, M)."""
+    square = graph.node("ReduceSumSquare", x, graph.constant([-1]), keepdims=1)  # (B, M, 1)
+    across = graph.node("Transpose", square, perm=[0, 2, 1])
+    product = graph.node("MatMul", x, graph.node("Transpose", x, perm=[0, 2, 1]))
+    squared = graph.node("Sub", graph.node("Add", square, across), graph.node("Mul", product, graph.scalar("two", 2)))
+    return graph.node("Sqrt", graph.node("Max", squared, graph.scalar("zero", 0)))
+
+
+def _members(graph: GraphWriter, distance: str, medoids: str, keep: int) -> str:
+    """Who belongs to whom, as ones and zeros, (B, keep, M)."""
+    nearest = graph.node("ArgMin", _take(graph, distance, medoids), axis=1, keepdims=0)  # distances are symmetric
+    return _put(graph, nearest, keep)

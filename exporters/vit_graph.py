@@ -247,14 +247,8 @@ class _VitGraph(GraphWriter):
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 
         def patches(of: str) -> Patches:
-            ends = (num_prefix, tokens.count)
-            sizes = self.slice(tokens.sizes, *ends, axis=1) if tokens.sizes else ""
-            first = ""
-            if num_prefix:
-                first = self.slice(self.slice(weights, 0, 1, axis=2), *ends, axis=3)  # (B, heads, 1, M)
-                first = self.node("ReduceMean", first, self.constant([1, 2]), keepdims=0)
-            keys = self.node("ReduceMean", self.slice(k, *ends, axis=3), self.constant([1]), keepdims=0)  # (B, d, M)
-            return Patches(of, sizes, first, self.node("Transpose", keys, perm=[0, 2, 1]), tokens.count - num_prefix)
+            sizes = self.slice(tokens.sizes, num_prefix, tokens.count, axis=1) if tokens.sizes else ""
+            return Patches(of, sizes, weights, k, num_prefix, tokens.count - num_prefix)
 
         return attended, patches
 

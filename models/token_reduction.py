@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TINY = 1e-12  # so that a cluster of nothing is zero and not undefined
 CLUSTER_ROUNDS = 3  # of k-medoids; the paper finds that a few are enough
 
 
@@ -233,7 +234,7 @@ def _token_pooling(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor
     clusters = k_medoids(patches, score, keep)
     nothing = patches.new_zeros(len(patches), keep, patches.shape[-1])
     share = score.unsqueeze(-1)
-    mean = add_to(nothing, clusters, patches * share) / add_to(nothing[..., :1], clusters, share)
+    mean = add_to(nothing, clusters, patches * share) / add_to(nothing[..., :1], clusters, share).clamp(min=TINY)
     return mean, add_to(nothing[..., :1], clusters, sizes)
 
 

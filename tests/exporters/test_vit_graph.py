@@ -202,7 +202,7 @@ def reduced(name: str, method: str, kept: dict[int, int]) -> MultiExitViT:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"token_pooling"}))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_reduced_tokens_equal_pytorch(method: str, batch_size: int) -> None:
     """Across stages, where sizes go along if the method needs them; batch is still the only free axis."""
     model, spec = reduced("test_vit", method, REDUCED), ZOO["test_vit"].preprocess
@@ -245,12 +245,6 @@ def test_fewer_tokens_cost_less_and_int8_goes_with_them() -> None:
     assert costs[0] < 0.75 * costs[1]
     for mine, theirs in zip(int8, fp32, strict=True):
         assert 0 < np.abs(mine - theirs).max() < 0.25 * np.ptp(theirs)
-
-
-def test_a_reduction_without_a_graph_is_refused() -> None:
-    """Clustering is for PyTorch only, so far."""
-    with pytest.raises(NotImplementedError, match="no graph is known for the token reduction 'token_pooling'"):
-        graphs(reduced("test_vit", "token_pooling", {0: 8}), ZOO["test_vit"].preprocess)
 
 
 def test_a_channel_that_ranges_far_beyond_the_others_stays_fp32() -> None:
