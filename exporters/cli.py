@@ -19,8 +19,8 @@ from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
 from exporters.reduction_schedule import ScheduleError
 from exporters.sources.base import Source, SourceError
+from exporters.sources.folder import find, from_folder
 from exporters.sources.timm_vit import TimmSource
-from exporters.sources.transformers_vit import TransformersSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
 from models.weights import WeightsError
@@ -53,14 +53,14 @@ def export(
     weights: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help=".safetensors, a checkpoint, a state dict.")
     ] = None,
-    transformers: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Or a folder as transformers' save_pretrained writes it.")
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Or a folder as transformers or timm writes it, or its name on the hub.")
     ] = None,
     model: Annotated[str, typer.Option(help="Name to publish under, and the network's in the zoo.")] = "vit_cifar10",
     timm_config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The weights are timm's; this is their config.json.")
     ] = None,
-    labels: Annotated[Path | None, typer.Option(exists=True, help="With --timm-config: a label a line, in order.")] = None,
+    labels: Annotated[Path | None, typer.Option(exists=True, help="Where the checkpoint names none: a label a line.")] = None,
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
     unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
@@ -81,7 +81,7 @@ def export(
     """Export a network, stage by stage, in fp32 and INT8, with fitted exits: one of the zoo, or a ViT as timm keeps it."""
     console = Console()
     try:
-        source, names = _source(model, weights, timm_config, labels, transformers, _numbers(boundaries))
+        source, names = _source(model, weights, timm_config, labels, checkpoint, _numbers(boundaries))
         config = ExportConfig(
             name=model,
             source=source,
@@ -105,7 +105,7 @@ def export(
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
                     "--timm-config": timm_config,
-                    "--transformers": transformers,
+                    "--checkpoint": None if checkpoint is None else Path(checkpoint),
                     "--labels": labels,
                     "--folders": folders,
                     "--weights": weights,
@@ -140,19 +140,18 @@ def _source(
     weights: Path | None,
     timm_config: Path | None,
     labels: Path | None,
-    transformers: Path | None,
+    checkpoint: str | None,
     boundaries: tuple[int, ...],
 ) -> tuple[Source, tuple[str, ...]]:
     """What the options name, and the labels of its classes."""
-    if transformers is not None:
-        folder = TransformersSource(transformers, boundaries)
-        return folder, folder.labels()
+    names = () if labels is None else tuple(_lines(labels))
+    if checkpoint is not None:
+        return from_folder(find(checkpoint), names, boundaries)
     if weights is None:
-        raise SourceError("say --weights FILE, or --transformers FOLDER")
+        raise SourceError("say --weights FILE, or --checkpoint FOLDER")
     if timm_config is not None:
         if labels is None:
             raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
-        names = tuple(_lines(labels))
         return TimmSource(weights, timm_config, names, boundaries), names
     if model not in ZOO:
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")

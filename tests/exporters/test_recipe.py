@@ -234,7 +234,7 @@ def test_a_folder_as_transformers_writes_it_becomes_a_version_too(tmp_path: Path
     arguments = ["export", "--model", "nano", "--version", "1", "--no-int8", "--repository", str(tmp_path / "repository")]
     arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
 
-    result = CliRunner().invoke(exporter, [*arguments, "--transformers", str(tmp_path / "model")])
+    result = CliRunner().invoke(exporter, [*arguments, "--checkpoint", str(tmp_path / "model")])
     nothing = CliRunner().invoke(exporter, arguments)
 
     assert result.exit_code == 0, result.output
@@ -242,7 +242,7 @@ def test_a_folder_as_transformers_writes_it_becomes_a_version_too(tmp_path: Path
     assert manifest.preprocess.squash
     assert (tmp_path / "repository" / "nano" / "1" / "labels.txt").read_text().split() == list(LABELS)
     assert nothing.exit_code == 1
-    assert "say --weights FILE, or --transformers FOLDER" in nothing.output
+    assert "say --weights FILE, or --checkpoint FOLDER" in nothing.output
 
 
 def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tmp_path: Path) -> None:
