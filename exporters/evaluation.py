@@ -96,6 +96,7 @@ def evaluate(
     return {
         "images": len(labels),
         "top1_by_exit": [_rounded((z.argmax(axis=1) == labels).mean()) for z in logits],
+        "top5_by_exit": [_rounded(_top_k_accuracy(z, labels, 5)) for z in logits],
         "ece_by_exit": [
             _rounded(expected_calibration_error(z, labels, exit_.temperature)) for z, exit_ in zip(logits, exits, strict=True)
         ],
@@ -118,6 +119,13 @@ def evaluate(
             "compute_saved": _rounded(1 - cost_through[routing.exit_stage].mean() / full),
         },
     }
+
+
+def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
+    """Share of images whose label is among the k likeliest; equal logits count against it."""
+    of_label = logits[np.arange(len(labels)), labels][:, None]
+    not_below = (logits >= of_label).sum(axis=1)  # itself included
+    return float((not_below <= k).mean())
 
 
 def milliseconds_per_image(

@@ -32,6 +32,7 @@ def model_card(
             "variant",
             *(f"exit {index}" for index in stages),
             "with exits on",
+            "top-5, last exit",
             "lost to fp32, last exit",
             "agrees with fp32",
         ],
@@ -40,6 +41,7 @@ def model_card(
                 name,
                 *(percent(value) for value in figures["top1_by_exit"]),
                 percent(figures["operating_point"]["top1"]),
+                percent(figures["top5_by_exit"][-1]),
                 points(figures["loss_against_fp32"]),
                 percent(figures["agreement_with_fp32"]),
             ]

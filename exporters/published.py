@@ -95,10 +95,8 @@ def print_tables(console: Console, found: Remeasured) -> None:
     """The figures, for people."""
     stages = len(found.manifest.stages)
     console.print(f"{found.manifest.name}, version {found.manifest.version}, on {found.num_images} images", highlight=False)
-    accuracy = Table("variant", *(f"exit {index}" for index in range(stages)), "with exits on", "loss to fp32, full depth")
-    routing = Table(
-        "variant", *(f"leave at {index}" for index in range(stages)), "compute saved", "loss to full depth", "ms/image"
-    )
+    accuracy = Table("variant", *(f"exit {index}" for index in range(stages)), "with exits on", "top-5", "lost to fp32")
+    routing = Table("variant", *(f"leave at {index}" for index in range(stages)), "compute saved", "lost by exits", "ms/image")
     calibration = Table("variant", *(f"ECE, exit {index}" for index in range(stages)))
     for name, figures in found.variants.items():
         point, times = figures["operating_point"], found.ms_per_image[name]
@@ -106,6 +104,7 @@ def print_tables(console: Console, found: Remeasured) -> None:
             name,
             *(percent(value) for value in figures["top1_by_exit"]),
             percent(point["top1"]),
+            percent(figures["top5_by_exit"][-1]),
             points(figures["loss_against_fp32"]),
         )
         routing.add_row(

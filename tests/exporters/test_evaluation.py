@@ -70,6 +70,7 @@ def test_a_report_counts_what_the_exits_do() -> None:
     report = evaluate(per_exit, labels, exits, stages, reference=per_exit[1])
 
     assert report["top1_by_exit"] == [0.75, 1.0, 0.75]
+    assert report["top5_by_exit"] == [1.0, 1.0, 1.0]  # there are four classes
     assert report["agreement_with_fp32"] == 0.75
     assert report["loss_against_fp32"]["top1"] == 0.25
     assert report["top1_by_class"] == {"0": 1.0, "1": 0.0, "2": 1.0, "3": 0.0}
@@ -80,3 +81,18 @@ def test_a_report_counts_what_the_exits_do() -> None:
     assert point["exit_rates"] == [0.5, 0.25, 0.25]
     costs = np.cumsum([stage.gmacs for stage in stages])
     assert point["mean_gmacs"] == pytest.approx(0.5 * costs[0] + 0.25 * costs[1] + 0.25 * costs[2], abs=1e-6)
+
+
+def test_top_five_counts_labels_among_the_five_likeliest() -> None:
+    """Fourth, sixth, first, and one that ties with five others."""
+    from exporters.staging import stage_specs
+
+    logits = np.zeros((4, 8), np.float32)
+    logits[0, :4], logits[1, :6], logits[2, 7] = [4, 3, 2, 1], [6, 5, 4, 3, 2, 1], 1
+    logits[3, :6] = 1
+    stages = stage_specs(create_model("test_vit"), ZOO["test_vit"].preprocess)[:1]
+    exits = [ExitSpec(score="max_softmax", temperature=1, threshold=None)]
+
+    report = evaluate([logits], np.array([3, 5, 7, 0]), exits, stages, reference=logits)
+
+    assert report["top5_by_exit"] == [0.5]
