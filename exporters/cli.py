@@ -35,6 +35,7 @@ UNUSABLE = (
     ValidationError,
     WeightsError,
     json.JSONDecodeError,
+    OSError,  # a full disk, a folder that may not be written
 )
 
 app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
@@ -120,15 +121,7 @@ def export(
         )
         with console.status("exporting"):
             directory = run(config, lambda step: console.print(f"· {step}"))
-    except (
-        AlreadyPublished,
-        ImageSetError,
-        ScheduleError,
-        SourceError,
-        ValidationError,
-        WeightsError,
-        json.JSONDecodeError,
-    ) as error:
+    except UNUSABLE as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
     print_tables(console, from_report(directory))

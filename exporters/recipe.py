@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
@@ -32,11 +33,11 @@ from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule
 from exporters.sensitivity import Ranges, Selection, select_layers
-from exporters.sources.base import Network
+from exporters.sources.base import Network, SourceError
 from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_graph import stage_graph
-from models.manifest import LOGITS, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
+from models.manifest import LOGITS, NAME_PATTERN, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
 from models.multi_exit import MultiExitViT
 
 FP32, INT8 = "fp32", "int8"
@@ -72,6 +73,10 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         raise ValidationError(
             "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
             "export on one with VNNI, or without INT8 (--no-int8)"
+        )
+    if not re.fullmatch(NAME_PATTERN, config.name):
+        raise SourceError(
+            f"{config.name!r} is no name for a model: small letters, digits, dots, dashes and underscores, at most 64"
         )
     with build_directory(config.repository, config.name, config.version) as build:
         progress("loading weights")

@@ -18,7 +18,8 @@ PIXELS = "pixels"  # the input of stage 0
 LOGITS = "logits"  # every stage has this output; the others are its state
 BATCH: Final = "B"  # how a shape writes its one free axis
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 

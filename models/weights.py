@@ -26,7 +26,8 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many kinds; none of them is ours to tell apart
-        raise WeightsError(f"{path.name} is not a file of weights: {error}") from error
+        first_line = str(error).strip().partition("\n")[0]
+        raise WeightsError(f"{path.name} is not a file of weights: {first_line}") from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path.name} holds no state dict")

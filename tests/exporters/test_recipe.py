@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from exporters import recipe
 from exporters.cli import app as exporter
 from exporters.config import ExportConfig, QuantizationConfig
 from exporters.publishing import AlreadyPublished
+from exporters.sources.base import SourceError
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
@@ -259,3 +261,95 @@ def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tm
     assert report["tested_on"]["images"] == 12
     assert report["variants"]["fp32"]["top1_by_exit"][-1] == 1.0
     assert "**The images had no labels.**" in (directory / "MODEL_CARD.md").read_text()
+
+
+class _Anything:
+    """What a pickle may hold."""
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (_Anything(), "is not a file of weights"),
+        ([1, 2], "holds no state dict"),
+        ({"model": {"a": 1}}, "holds no state dict"),
+        ({"a": torch.zeros(1)}, "does not fit the network"),
+    ],
+    ids=["an object", "a list", "no tensors", "other tensors"],
+)
+def test_a_file_that_holds_something_else_is_refused_in_a_line(
+    inputs: Path, tmp_path: Path, content: object, words: str
+) -> None:
+    """Whatever was pickled; no code in it runs."""
+    torch.save(content, tmp_path / "odd.pth")
+    arguments = ["export", "--model", "test_vit", "--weights", str(tmp_path / "odd.pth"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path / "repository")])
+
+    assert result.exit_code == 1
+    assert words in result.output
+    assert list((tmp_path / "repository" / "test_vit").iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_behind_and_is_told_in_a_line(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the second stage."""
+    written: list[Path] = []
+
+    def save(_model: object, path: Path) -> None:
+        if len(written) == 1:
+            raise OSError(28, "No space left on device", str(path.name))
+        written.append(path)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("onnx.save", save)
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path)])
+
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    assert list((tmp_path / "test_vit").iterdir()) == []
+
+
+def test_an_interrupted_export_leaves_nothing_behind(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not where it was killed: the next one takes what is left away."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "validate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(make_config(inputs, tmp_path))
+    assert list((tmp_path / "test_vit").iterdir()) == []
+    (tmp_path / "test_vit" / ".1.partial" / "fp32").mkdir(parents=True)
+
+    directory = recipe.run(make_config(inputs, tmp_path))
+
+    assert [directory] == list((tmp_path / "test_vit").iterdir())
+
+
+@pytest.mark.parametrize("images", ["empty", "unlabelled"])
+def test_images_that_cannot_be_used_are_told_in_a_line(inputs: Path, tmp_path: Path, images: str) -> None:
+    """An empty folder, and one whose images have no class."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unlabelled" / "whatever").mkdir(parents=True)
+    (tmp_path / "unlabelled" / "whatever" / "1.jpg").write_bytes(make_jpeg())
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(tmp_path / images), "--test", str(inputs / "images")]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path / "repository")])
+
+    assert result.exit_code == 1
+    assert ("holds no images" if images == "empty" else "none of the model's 10 classes") in result.output
+
+
+def test_a_name_that_could_not_be_served_is_refused_at_once(inputs: Path, tmp_path: Path) -> None:
+    """Before minutes are spent."""
+    with pytest.raises(SourceError, match="'My Model' is no name for a model"):
+        recipe.run(replace(make_config(inputs, tmp_path), name="My Model"))
+    assert list(tmp_path.iterdir()) == []
