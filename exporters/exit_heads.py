@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from app.types import Array
 from exporters.config import ExitHeadConfig
+from exporters.images import ImageSetError
 from exporters.staging import stages_of
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
@@ -45,10 +46,10 @@ def fit_exit_heads(
         pixels: (N, ...), what stage 0 takes; images like those to come, labels are not needed.
 
     Raises:
-        ValueError: there are too few images to fit on some and look at others.
+        ImageSetError: there are too few images to fit on some and look at others.
     """
     if len(pixels) < 2 * config.min_held_out:
-        raise ValueError(f"{len(pixels)} images are too few to fit exits on; {2 * config.min_held_out} or more are needed")
+        raise ImageSetError(f"{len(pixels)} images are too few to fit exits on; {2 * config.min_held_out} or more are needed")
     stages = stages_of(model)
     features, target = _features(model, pixels, spec, progress)
     generator = torch.Generator().manual_seed(config.seed)
