@@ -26,7 +26,7 @@ class RunConfig:
 class TeacherConfig(RunConfig):
     """The convolutional teacher."""
 
-    epochs: int = 8
+    epochs: int = 14
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -37,7 +37,7 @@ class StudentConfig(RunConfig):
     """The network with exits: Muon for kernels and the blocks' matrices, AdamW for the rest."""
 
     model: str = "vit_cifar10"
-    first_stage_epochs: int = 12  # before all others, of the first stage alone, in a cycle of its own
+    first_stage_epochs: int = 10  # before all others, of the first stage alone, in a cycle of its own
     epochs: int = 14
     batch_size: int = 128
     learning_rate: float = 3e-3
