@@ -18,7 +18,7 @@ from app.log import get_logger
 
 log = get_logger(__name__)
 
-MAX_WAITING_RESULTS = 8
+MAX_WAITING_RESULTS = 8  # then the loop is woken, however short they have waited: as many as a batch takes by default
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -120,8 +119,3 @@ def _fit(
 def as_text(results: list[FittedHead]) -> str:
     """For the card."""
     return ", ".join(f"exit {index} {100 * result.agreement:.1f} %" for index, result in enumerate(results))
-
-
-def spread_boundaries(depth: int, num_stages: int) -> tuple[int, ...]:
-    """After how many blocks each stage ends, when they are to be as equal as can be."""
-    return tuple(int(end) for end in np.linspace(0, depth, num_stages + 1).round()[1:])

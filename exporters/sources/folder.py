@@ -7,11 +7,9 @@ from pathlib import Path
 
 from exporters.sources.base import Source, SourceError
 from exporters.sources.timm_vit import TimmSource
-from exporters.sources.transformers_vit import TransformersSource
+from exporters.sources.transformers_vit import CONFIG, PREPROCESSOR, WEIGHTS, TransformersSource
 
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-WANTED = [CONFIG, "preprocessor_config.json", *WEIGHTS]
+WANTED = [CONFIG, PREPROCESSOR, *WEIGHTS]
 FAMILIES = ("vit", "deit")  # transformers' `model_type`s that are known
 
 

@@ -69,6 +69,7 @@ class _Preprocessor(BaseModel):
     resample: int
     do_center_crop: bool = False
     crop_size: _Side | int | None = None
+    do_rescale: Literal[True] = True
     rescale_factor: float = 1 / 255  # transformers' own; old files do not say it
     do_normalize: Literal[True]
     image_mean: tuple[float, float, float]
@@ -122,6 +123,8 @@ def preprocessing(told: _Preprocessor) -> PreprocessSpec:
     if told.resample not in RESAMPLE:
         raise SourceError(f"{PREPROCESSOR}: resample {told.resample} is none of Pillow's filters that are known")
     size = _side(told.size)
+    if told.do_center_crop and told.crop_size is None:
+        raise SourceError(f"{PREPROCESSOR}: it crops and does not say to what size")
     crop = _side(told.crop_size) if told.do_center_crop and told.crop_size is not None else size
     if size[0] != size[1]:
         raise SourceError(f"{PREPROCESSOR}: only squares are supported, not {size[0]} x {size[1]}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exporters.config import ExitHeadConfig
-from exporters.exit_heads import fit_exit_heads, spread_boundaries
+from exporters.exit_heads import fit_exit_heads
 from models.multi_exit import MultiExitViT
 from models.zoo import ZOO, create_model
 
@@ -68,9 +68,3 @@ def test_progress_is_told_and_too_few_images_are_refused(pixels: np.ndarray) -> 
 
     with pytest.raises(ValueError, match="15 images are too few to fit exits on; 16 or more are needed"):
         fit_exit_heads(network(), pixels[:15], SPEC, CONFIG)
-
-
-def test_boundaries_are_spread_evenly() -> None:
-    """As evenly as whole blocks allow."""
-    assert spread_boundaries(12, 3) == (4, 8, 12)
-    assert spread_boundaries(6, 4) == (2, 3, 4, 6)

@@ -60,6 +60,8 @@ def test_a_picture_is_squashed_where_the_preprocessor_says_so(tmp_path: Path) ->
         ("preprocessor_config.json", {"image_mean": None}, "image_mean: Field required"),
         ("preprocessor_config.json", {"do_resize": False}, "do_resize"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 16}}, "size"),
+        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale"),
+        ("preprocessor_config.json", {"do_center_crop": True}, "does not say to what size"),
         ("preprocessor_config.json", {"resample": 5}, "resample 5"),
         ("preprocessor_config.json", {"size": {"height": 16, "width": 18}}, "only squares"),
     ],
