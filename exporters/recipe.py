@@ -13,20 +13,18 @@ from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
-from app.runtime.golden import golden_key
 from app.runtime.ort_backend import OrtBackend
-from app.types import Array, FloatArray
+from app.types import FloatArray
 from exporters.calibration import collect_extremes, ranges_of
 from exporters.config import ExportConfig
 from exporters.equalization import equalize
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
+from exporters.golden import golden_images, write_golden
 from exporters.images import ImageSet, read_images, read_unlabelled
 from exporters.model_card import model_card
 from exporters.published import one_thread
@@ -37,13 +35,12 @@ from exporters.sources.base import Network, SourceError
 from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_graph import stage_graph
-from models.manifest import LOGITS, NAME_PATTERN, PIXELS, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
+from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
 from models.multi_exit import MultiExitViT
 
 FP32, INT8 = "fp32", "int8"
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
-GOLDEN_IMAGES = 4
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
 # between two steps may fall to the other side; an instruction that saturates goes far beyond.
 GOLDEN_ATOL = {FP32: 1e-3, INT8: 0.25}
@@ -185,31 +182,6 @@ def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
     directory.mkdir()
     for index, stage in enumerate(stages):
         onnx.save(stage, directory / f"stage_{index}.onnx")
-
-
-def golden_images(spec: PreprocessSpec) -> Array:
-    """Seeded smooth noise of full contrast: nobody's photographs, yet it drives the whole range of the network."""
-    generator = np.random.default_rng(0)
-    height, width = spec.crop
-    coarse = generator.integers(0, 256, (GOLDEN_IMAGES, -(-height // 8), -(-width // 8), 3))
-    smooth = np.kron(coarse, np.ones((1, 8, 8, 1)))[:, :height, :width]
-    images = np.clip(smooth + generator.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
-    # Already of the right size, so this only brings them into the layout; it wants the size before the crop.
-    uncropped = spec.model_copy(update={"resize": min(spec.crop)})
-    return np.stack([preprocess(image, uncropped) for image in images])
-
-
-def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], manifest: ModelManifest) -> None:
-    """The pixels, and every stage's outputs of every variant."""
-    arrays: dict[str, Array] = {PIXELS: pixels}
-    for name, backend in backends.items():
-        inputs: dict[str, Array] = {PIXELS: pixels}
-        for index in range(len(manifest.stages)):
-            output = backend.run(index, inputs)
-            inputs = dict(output.state)
-            for key, value in {LOGITS: output.logits, **inputs}.items():
-                arrays[golden_key(name, index, key)] = value
-    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # its stub takes no mapping of arrays
 
 
 def _graphs(

@@ -9,7 +9,8 @@ import torch
 from exporters.calibration import Extremes, collect_extremes, ranges_of
 from exporters.config import CalibrationConfig
 from exporters.equalization import LARGEST_FACTOR, equalize
-from exporters.recipe import _graphs, golden_images
+from exporters.golden import golden_images
+from exporters.recipe import _graphs
 from exporters.sensitivity import last_logits
 from exporters.validation import normalised
 from models.multi_exit import MultiExitViT

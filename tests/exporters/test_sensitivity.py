@@ -11,8 +11,9 @@ import torch
 
 from exporters.calibration import collect_ranges
 from exporters.config import CalibrationConfig, QuantizationConfig
+from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
-from exporters.recipe import _graphs, golden_images
+from exporters.recipe import _graphs
 from exporters.sensitivity import Ranges, groups, last_logits, select_layers
 from models.multi_exit import MultiExitViT
 from models.zoo import ZOO, create_model

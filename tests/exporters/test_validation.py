@@ -10,7 +10,7 @@ import torch
 
 from app.types import Array, StageOutput
 from exporters.config import QuantizationConfig
-from exporters.recipe import golden_images
+from exporters.golden import golden_images
 from exporters.staging import stage_specs
 from exporters.validation import AccuracyLoss, ShapeMismatch, ValueMismatch, normalised, validate, validate_quantized
 from models.zoo import ZOO, create_model

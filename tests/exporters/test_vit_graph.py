@@ -12,8 +12,8 @@ import torch
 
 from exporters.calibration import collect_ranges, outlier_channels, spread
 from exporters.config import CalibrationConfig
+from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
-from exporters.recipe import golden_images
 from exporters.staging import stage_specs, token_counts
 from exporters.validation import normalised
 from exporters.vit_graph import stage_graph
