@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from app.types import Array
 from exporters.config import CalibrationConfig
-from exporters.graph_writer import ActivationRange
-from models.manifest import LOGITS, PIXELS
+from exporters.graph_writer import HIGH, LOW, ActivationRange
+from models.manifest import PIXELS
 
 
 def spread(count: int, wanted: int) -> Array:
@@ -22,15 +22,10 @@ def spread(count: int, wanted: int) -> Array:
 
 @dataclass(slots=True)
 class Extremes:
-    """The smallest and largest values of a tensor so far: of each channel of tokens (B, N, C), else of all."""
+    """The smallest and largest values of a tensor so far: of each channel, (C,), or of all, (1,)."""
 
     low: Array
     high: Array
-
-    @classmethod
-    def of(cls, values: Array) -> Extremes:
-        axes = (0, 1) if values.ndim == 3 else None
-        return cls(np.asarray(values.min(axis=axes)), np.asarray(values.max(axis=axes)))
 
     def joined(self, other: Extremes) -> Extremes:
         """Of both."""
@@ -42,10 +37,9 @@ class Extremes:
 
     def range(self, config: CalibrationConfig) -> ActivationRange:
         """One range for all channels but the outliers."""
-        outliers = outlier_channels(np.maximum(-self.low, self.high), config) if self.low.ndim else ()
+        outliers = outlier_channels(np.maximum(-self.low, self.high), config)
         kept = np.ones(self.low.shape, dtype=bool)
-        if outliers:
-            kept[list(outliers)] = False
+        kept[list(outliers)] = False
         return ActivationRange(float(self.low[kept].min()), float(self.high[kept].max()), outliers)
 
 
@@ -67,11 +61,11 @@ def collect_extremes(stages: Sequence[onnx.ModelProto], pixels: Array, config: C
         for index, session in enumerate(sessions):
             names = [node.name for node in session.get_outputs()]
             outputs = dict(zip(names, session.run(names, inputs), strict=True))
-            wanted = {node.name for node in sessions[index + 1].get_inputs()} if index + 1 < len(sessions) else set()
+            wanted = [node.name for node in sessions[index + 1].get_inputs()] if index + 1 < len(sessions) else []
             inputs = {name: outputs[name] for name in wanted}
-            for name in set(names) - wanted - {LOGITS}:
-                now = Extremes.of(outputs[name])
-                seen[index][name] = now if name not in seen[index] else seen[index][name].joined(now)
+            for layer in [name.removesuffix(LOW) for name in names if name.endswith(LOW)]:
+                now = Extremes(outputs[layer + LOW], outputs[layer + HIGH])
+                seen[index][layer] = now if layer not in seen[index] else seen[index][layer].joined(now)
     return seen
 
 

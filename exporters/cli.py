@@ -20,6 +20,7 @@ from exporters.recipe import run
 from exporters.reduction_schedule import ScheduleError
 from exporters.sources.base import Source, SourceError
 from exporters.sources.folder import find, from_folder
+from exporters.sources.onnx_file import OnnxSource
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
@@ -57,6 +58,11 @@ def export(
     checkpoint: Annotated[
         str | None, typer.Option(help="Or a folder as transformers or timm writes it, or its name on the hub.")
     ] = None,
+    onnx: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Or a classifier's ONNX file.")] = None,
+    preprocessor: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Its preprocessor_config.json (transformers) or config.json (timm)."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Name to publish under, and the network's in the zoo.")] = "vit_cifar10",
     timm_config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The weights are timm's; this is their config.json.")
@@ -82,7 +88,10 @@ def export(
     """Export a network, stage by stage, in fp32 and INT8, with fitted exits: one of the zoo, or a ViT as timm keeps it."""
     console = Console()
     try:
-        source, names = _source(model, weights, timm_config, labels, checkpoint, _numbers(boundaries))
+        if onnx is None:
+            source, names = _source(model, weights, timm_config, labels, checkpoint, _numbers(boundaries))
+        else:
+            source, names = _onnx_source(onnx, preprocessor, labels)
         config = ExportConfig(
             name=model,
             source=source,
@@ -107,6 +116,8 @@ def export(
                     "--max-drop": f"{max_drop:g}",
                     "--timm-config": timm_config,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),
+                    "--onnx": onnx,
+                    "--preprocessor": preprocessor,
                     "--labels": labels,
                     "--folders": folders,
                     "--weights": weights,
@@ -141,7 +152,7 @@ def _source(
     if checkpoint is not None:
         return from_folder(find(checkpoint), names, boundaries)
     if weights is None:
-        raise SourceError("say --weights FILE, or --checkpoint FOLDER")
+        raise SourceError("say --weights FILE, --checkpoint FOLDER or --onnx FILE")
     if timm_config is not None:
         if labels is None:
             raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
@@ -149,6 +160,13 @@ def _source(
     if model not in ZOO:
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
     return ZooSource(model, weights), ZOO[model].labels
+
+
+def _onnx_source(file: Path, preprocessor: Path | None, labels: Path | None) -> tuple[Source, tuple[str, ...]]:
+    if preprocessor is None or labels is None:
+        raise SourceError("with --onnx say --preprocessor FILE and --labels FILE: a graph tells neither")
+    names = tuple(_lines(labels))
+    return OnnxSource(file, preprocessor, names), names
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

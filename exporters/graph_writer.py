@@ -12,13 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from app.types import Array
-from models.manifest import BATCH
 
 OPSET = 20  # the first with Gelu
 MICROSOFT_OPSET = 1
 IR_VERSION = 9  # of opset 20
 INT8_MAX = 127  # symmetric weights: -127 .. 127
 UINT8_MAX = 255
+SMALLEST_SCALE = 1e-20  # of activations: times a weight's it is still a float32
+
+LOW, HIGH = ".low", ".high"  # behind a layer's name: the extremes that calibration wants
 
 Shape = tuple[int | str, ...]
 Quantization = tuple[np.float32, np.uint8]  # scale and zero point
@@ -39,8 +41,30 @@ class ActivationRange:
     def scale_and_zero_point(self) -> Quantization:
         """Affine u8 quantization in which 0 is exact, as padding and ReLU want it (Jacob et al., CVPR 2018)."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
-        scale = (high - low) / UINT8_MAX or 1.0
+        scale = (high - low) / UINT8_MAX
+        if scale < SMALLEST_SCALE:  # one value only
+            scale = 1.0
         return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, UINT8_MAX))
+
+
+def symmetric_int8(weight: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
+    """Weights in -127 .. 127, and the scale of each channel.
+
+    Args:
+        axis: over which a channel goes.
+
+    Returns:
+        int8, in the shape of `weight`; float32 (channels,).
+    """
+    largest = np.abs(weight).max(axis=axis, keepdims=True)
+    scale = np.where(largest > 0, largest / INT8_MAX, 1).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -INT8_MAX, INT8_MAX).astype(np.int8), scale.reshape(-1)
+
+
+def quantized_bias(bias: Array, scale: Array) -> Array:
+    """int32, in units of scale (of what goes in, times that of the channel's weights)."""
+    limit = np.iinfo(np.int32).max
+    return np.clip(np.rint(bias.astype(np.float64) / scale), -limit, limit).astype(np.int32)
 
 
 class GraphWriter:
@@ -48,7 +72,7 @@ class GraphWriter:
 
     Args:
         ranges: of each linear layer's input, by layer name; those named become INT8.
-        expose: give the input of each linear layer as an output called by the layer's name, for calibration.
+        expose: give the extremes of what each layer's range is made of as outputs, for calibration.
     """
 
     def __init__(self, ranges: Mapping[str, ActivationRange], *, expose: bool) -> None:
@@ -92,22 +116,31 @@ class GraphWriter:
         """x[start:end:step] along an axis."""
         return self.node("Slice", x, *(self.constant([value]) for value in (start, end, axis, step)))
 
-    def expose(self, name: str, x: str, shape: Shape) -> None:
-        """Give a tensor as an output of that name, if that is wanted at all."""
-        if self._expose:
-            self._exposed.append((self.node("Identity", x, output=name), shape))
+    def expose(self, name: str, x: str, *, num_channels: int = 0) -> None:
+        """Give a tensor's smallest and largest value as outputs `name.low` and `name.high`, if that is wanted at all.
+
+        The graph itself reduces them: what all layers take is far more memory than a run of the network needs.
+
+        Args:
+            num_channels: where given, those of each channel of the last axis, (C,).
+        """
+        if not self._expose:
+            return
+        rows = self.node("Reshape", x, self.constant([-1, max(1, num_channels)]))
+        for end, kind in ((LOW, "ReduceMin"), (HIGH, "ReduceMax")):
+            value = self.node(kind, rows, self.constant([0]), output=f"{name}{end}", keepdims=0)
+            self._exposed.append((value, (max(1, num_channels),)))
 
     def linear(self, name: str, x: str, weight: Array, bias: Array) -> str:
         """x @ weight + bias; weight float32 (in, out), bias float32 (out,)."""
-        self.expose(name, x, (BATCH, f"{name}.tokens", len(weight)))
+        self.expose(name, x, num_channels=len(weight))
         if name not in self.ranges:
             product = self.node("MatMul", x, self.weight(f"{name}.weight", weight))
             return self.node("Add", product, self.weight(f"{name}.bias", bias))
         outliers = [*self.ranges[name].outliers]
         apart, weight = weight[outliers], weight.copy()
         weight[outliers] = 0  # whatever they saturate at counts for nothing
-        weight_scale = (np.abs(weight).max(axis=0) / INT8_MAX).clip(min=np.finfo(np.float32).tiny).astype(np.float32)
-        quantized = np.clip(np.rint(weight / weight_scale), -INT8_MAX, INT8_MAX).astype(np.int8)
+        quantized, weight_scale = symmetric_int8(weight, axis=0)
         a_scale, a_zero = self.quantization(f"{name}.input", self.ranges[name].scale_and_zero_point())
         product = self.node(
             "MatMulIntegerToFloat",

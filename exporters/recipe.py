@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -18,25 +18,22 @@ import onnx
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
-from exporters.calibration import collect_extremes, ranges_of
 from exporters.config import ExportConfig
-from exporters.equalization import equalize
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
+from exporters.exportable import Exportable, Progress
 from exporters.golden import golden_images, write_golden
 from exporters.images import ImageSet, read_images, read_unlabelled
 from exporters.model_card import model_card
 from exporters.published import one_thread
 from exporters.publishing import build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule
-from exporters.sensitivity import Ranges, Selection, select_layers
-from exporters.sources.base import Network, SourceError
-from exporters.staging import stage_specs, stages_of, token_counts
+from exporters.sources.base import Network, SourceError, WholeModel
 from exporters.validation import ValidationError, validate, validate_quantized
-from exporters.vit_graph import stage_graph
-from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, VariantSpec
-from models.multi_exit import MultiExitViT
+from exporters.vit_export import ViTExport
+from exporters.whole_export import WholeExport
+from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
 
 FP32, INT8 = "fp32", "int8"
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
@@ -47,8 +44,6 @@ GOLDEN_ATOL = {FP32: 1e-3, INT8: 0.25}
 EVERYWHERE = tuple(HardwareTarget)
 # u8 x s8 saturates on x86 without VNNI, and MatMulIntegerToFloat is a CPU operator (docs/adr/0005).
 TARGETS = {FP32: EVERYWHERE, INT8: (HardwareTarget.CPU_VNNI,)}
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +73,31 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
     with build_directory(config.repository, config.name, config.version) as build:
         progress("loading weights")
         network = config.source.load()
-        model, spec = network.model, network.preprocess
-        full = None
-        if config.reduction is not None:
-            schedule = ReductionSchedule.parse(config.reduction, model.config.depth)
-            full = _unreduced(config, network, build)
-            apply_schedule(model, schedule)
+        spec = network.preprocess
+        full = None if config.reduction is None else _reduce(config, config.reduction, network, build)
         progress("reading images")
-        fitting, test = (
-            read_unlabelled(path, spec)
-            if config.unlabelled
-            else read_images(path, network.labels, spec, folders=config.folders)
-            for path in (config.calibration_images, config.test_images)
-        )
-        others = {
-            name: read_images(path, network.labels, spec, folders=config.other_folders)
-            for name, path in config.other_images.items()
-        }
+        fitting, test, others = _images(config, network.labels, spec)
         variants = [FP32, INT8] if config.int8 else [FP32]
 
-        if not network.has_exits:
-            heads = fit_exit_heads(model, fitting.pixels, spec, config.exit_heads, progress)
-            progress(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
+        exported = _exportable(config, network, fitting, progress)
         progress("writing fp32 stages")
-        write_stages(build / FP32, _graphs(model, spec))
-        kept_fp32 = _write_int8(config, network, fitting, build, progress) if INT8 in variants else "everything"
+        write_stages(build / FP32, exported.graphs())
+        kept_fp32 = "everything"
+        if INT8 in variants:
+            progress("calibrating and writing int8 stages")
+            quantized = exported.quantized(fitting.pixels, config.calibration, config.quantization, progress)
+            kept_fp32 = quantized.kept_fp32
+            write_stages(build / INT8, quantized.graphs)
 
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
-        draft = _manifest(config, model, spec, build, {name: _no_exits(model) for name in variants}, {})
+        stages = exported.stages()
+        draft = _manifest(config, stages, spec, build, {name: _no_exits(stages) for name in variants}, {})
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
         progress("validating against PyTorch")
         golden = golden_images(spec)
-        difference = validate(backends[FP32], draft.stages, model, spec, golden)
+        difference = validate(backends[FP32], draft.stages, exported.answers, golden)
         write_golden(build / GOLDEN_FILE, golden, backends, draft)
 
         progress("fitting exits and evaluating")
@@ -136,7 +122,39 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
         progress("publishing")
-        return publish(build, _manifest(config, model, spec, build, exits, provenance), config.repository)
+        return publish(build, _manifest(config, stages, spec, build, exits, provenance), config.repository)
+
+
+def _reduce(config: ExportConfig, reduction: str, network: Network | WholeModel, build: Path) -> OrtBackend:
+    """Reduces tokens in the network; what it was before, in fp32."""
+    if not isinstance(network, Network):
+        raise SourceError(f"token reduction is for ViT and DeiT; {network.origin} can be exported as it is")
+    schedule = ReductionSchedule.parse(reduction, network.model.config.depth)
+    full = _unreduced(config, network, build)
+    apply_schedule(network.model, schedule)
+    return full
+
+
+def _exportable(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, progress: Progress) -> Exportable:
+    """The network, with heads where it came without."""
+    if isinstance(network, WholeModel):
+        return WholeExport(network)
+    if not network.has_exits:
+        heads = fit_exit_heads(network.model, fitting.pixels, network.preprocess, config.exit_heads, progress)
+        progress(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
+    return ViTExport(network.model, network.preprocess)
+
+
+def _images(
+    config: ExportConfig, labels: tuple[str, ...], spec: PreprocessSpec
+) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
+    """To fit on, to measure on, and to measure on besides."""
+    fitting, test = (
+        read_unlabelled(path, spec) if config.unlabelled else read_images(path, labels, spec, folders=config.folders)
+        for path in (config.calibration_images, config.test_images)
+    )
+    others = {name: read_images(path, labels, spec, folders=config.other_folders) for name, path in config.other_images.items()}
+    return fitting, test, others
 
 
 def _answered(images: ImageSet, backend: OrtBackend, num_stages: int) -> ImageSet:
@@ -144,36 +162,13 @@ def _answered(images: ImageSet, backend: OrtBackend, num_stages: int) -> ImageSe
     return replace(images, labels=logits_per_exit(backend, num_stages, images.pixels)[-1].argmax(axis=1))
 
 
-def _write_int8(config: ExportConfig, network: Network, fitting: ImageSet, build: Path, progress: Progress) -> str:
-    """Calibrate, choose the layers, write the stages; what is left in fp32."""
-    progress("calibrating and writing int8 stages")
-    model, spec = network.model, network.preprocess
-    model, extremes = equalize(model, collect_extremes(_graphs(model, spec, expose=True), fitting.pixels, config.calibration))
-    ranges = ranges_of(extremes, config.calibration)
-    selection = select_layers(lambda chosen: _graphs(model, spec, ranges=chosen), ranges, fitting.pixels, config.quantization)
-    kept_fp32 = _kept_fp32(selection)
-    progress(f"int8 agrees with fp32 on {100 * selection.agreement:.1f} % of the fitting images; in fp32: {kept_fp32}")
-    write_stages(build / INT8, _graphs(model, spec, ranges=selection.ranges))
-    return kept_fp32
-
-
-def _kept_fp32(selection: Selection) -> str:
-    """Whole layers, and channels of others."""
-    channels = [
-        f"{len(each.outliers)} of {stage}.{name}'s channels"
-        for stage, layers in enumerate(selection.ranges)
-        for name, each in layers.items()
-        if each.outliers
-    ]
-    return ", ".join([*selection.kept_fp32, *channels]) or "nothing but the heads"
-
-
 def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBackend:
     """The network as it came, in fp32, beside what is built."""
-    write_stages(build / FULL, _graphs(network.model, network.preprocess))
+    exported = ViTExport(network.model, network.preprocess)
+    write_stages(build / FULL, exported.graphs())
     for file in (LABELS_FILE, GOLDEN_FILE):
         (build / file).touch()  # the manifest must name them
-    manifest = _manifest(config, network.model, network.preprocess, build, {FULL: _no_exits(network.model)}, {})
+    manifest = _manifest(config, exported.stages(), network.preprocess, build, {FULL: _no_exits(exported.stages())}, {})
     return OrtBackend(build, manifest, FULL, one_thread())
 
 
@@ -184,34 +179,9 @@ def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
         onnx.save(stage, directory / f"stage_{index}.onnx")
 
 
-def _graphs(
-    model: MultiExitViT,
-    preprocess: PreprocessSpec,
-    *,
-    ranges: Ranges | None = None,
-    expose: bool = False,
-) -> list[onnx.ModelProto]:
-    graphs, counts = [], token_counts(model)
-    for index, stage in enumerate(stages_of(model)):
-        graphs.append(
-            stage_graph(
-                stage,
-                index,
-                model.config,
-                preprocess,
-                entering=counts[index],
-                leaving=counts[index + 1],
-                last=index == len(model.stages) - 1,
-                ranges=ranges[index] if ranges else None,
-                expose=expose,
-            )
-        )
-    return graphs
-
-
 def _manifest(
     config: ExportConfig,
-    model: MultiExitViT,
+    stages: tuple[StageSpec, ...],
     preprocess: PreprocessSpec,
     build: Path,
     exits: Mapping[str, tuple[ExitSpec, ...]],
@@ -221,7 +191,7 @@ def _manifest(
         VariantSpec(
             name=name,
             targets=TARGETS.get(name, EVERYWHERE),
-            files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(model.stages))),
+            files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(stages))),
             exits=variant_exits,
             golden_atol=GOLDEN_ATOL.get(name, GOLDEN_ATOL[FP32]),
         )
@@ -233,15 +203,15 @@ def _manifest(
         labels_file=LABELS_FILE,
         golden_file=GOLDEN_FILE,
         preprocess=preprocess,
-        stages=stage_specs(model, preprocess),
+        stages=stages,
         variants=variants,
         files=checksums(build),
         provenance=dict(provenance),
     )
 
 
-def _no_exits(model: MultiExitViT) -> tuple[ExitSpec, ...]:
-    last = len(model.stages) - 1
+def _no_exits(stages: Sequence[StageSpec]) -> tuple[ExitSpec, ...]:
+    last = len(stages) - 1
     return tuple(
         ExitSpec(score="max_softmax", temperature=1.0, threshold=None if index == last else NEVER) for index in range(last + 1)
     )
@@ -294,7 +264,7 @@ def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, ima
     }
 
 
-def _provenance(config: ExportConfig, network: Network, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
+def _provenance(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
     packages = ("torch", "onnx", "onnxruntime", "numpy", "pillow")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

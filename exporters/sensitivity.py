@@ -29,6 +29,16 @@ class Selection:
     kept_fp32: tuple[str, ...]  # `stage.layer`, worst first
     agreement: float  # with fp32, at the last exit, on the images of the pass
 
+    def kept(self) -> str:
+        """What is not INT8, in words: whole layers, and channels of others."""
+        channels = [
+            f"{len(each.outliers)} of {stage}.{name}'s channels"
+            for stage, layers in enumerate(self.ranges)
+            for name, each in layers.items()
+            if each.outliers
+        ]
+        return ", ".join([*self.kept_fp32, *channels]) or "nothing but the heads"
+
 
 def select_layers(build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig) -> Selection:
     """Leave as few layers in fp32 as make the network agree with fp32 on `target_agreement` of the images.
@@ -69,12 +79,13 @@ def select_layers(build: Build, ranges: Ranges, pixels: Array, config: Quantizat
 
 
 def groups(ranges: Ranges) -> list[tuple[int, str]]:
-    """(stage, layer) of all that can be left in fp32; the stem's convolutions are one."""
-    found = []
-    for stage, layers in enumerate(ranges):
-        names = [name for name in layers if not name.startswith(f"{STEM}.")]
-        found += [(stage, name) for name in ([STEM] if len(names) < len(layers) else []) + names]
-    return found
+    """(stage, layer) of all that can be left in fp32; what can only be INT8 together is one."""
+    return [(stage, name) for stage, layers in enumerate(ranges) for name in dict.fromkeys(map(group_of, layers))]
+
+
+def group_of(name: str) -> str:
+    """The layer that a range is of; a stem's convolutions are one."""
+    return STEM if name.startswith(f"{STEM}.") else name.partition(":")[0]
 
 
 def last_logits(stages: Sequence[onnx.ModelProto], pixels: Array) -> FloatArray:
@@ -93,4 +104,4 @@ def last_logits(stages: Sequence[onnx.ModelProto], pixels: Array) -> FloatArray:
 
 
 def _only(layers: Mapping[str, ActivationRange], layer: str) -> dict[str, ActivationRange]:
-    return {name: each for name, each in layers.items() if name == layer or (layer == STEM and name.startswith(f"{STEM}."))}
+    return {name: each for name, each in layers.items() if group_of(name) == layer}

@@ -18,7 +18,15 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from app.types import Array
-from exporters.graph_writer import INT8_MAX, UINT8_MAX, ActivationRange, GraphWriter, Quantization, Shape
+from exporters.graph_writer import (
+    UINT8_MAX,
+    ActivationRange,
+    GraphWriter,
+    Quantization,
+    Shape,
+    quantized_bias,
+    symmetric_int8,
+)
 from exporters.reduction_graph import Patches, reduce_patches
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
@@ -66,7 +74,7 @@ def stage_graph(
         last: the last stage gives logits only; the others the tokens too.
         ranges: of each linear layer's input and each convolution's output, by layer name; layers named become INT8 (the
             convolutions of a stem only together). None: all stay fp32.
-        expose: give those inputs and outputs as graph outputs called by the layer's name, for calibration.
+        expose: give the extremes of those inputs and outputs as graph outputs, for calibration.
     """
     graph = _VitGraph(ranges or {}, expose=expose)
     inputs: list[tuple[str, int, Shape]]
@@ -165,7 +173,7 @@ class _VitGraph(GraphWriter):
                 continue
             names = self.weight(f"{name}.weight", layer.weight), self.weight(f"{name}.bias", layer.bias)
             x = self.node("Relu", self.node("Conv", x, *names, **layer.attributes()))
-            self.expose(name, x, (BATCH, len(layer.bias), f"{name}.height", f"{name}.width"))
+            self.expose(name, x)
             if int8:
                 known = self.ranges[name].scale_and_zero_point()
                 x = self.node("QuantizeLinear", x, *self.quantization(f"{name}.output", known))
@@ -175,10 +183,8 @@ class _VitGraph(GraphWriter):
 
     def quantized_convolution(self, name: str, x: str, known: Quantization, layer: _Convolution) -> tuple[str, Quantization]:
         """A convolution of bytes to bytes; `known` and what is returned beside the name are scale and zero point."""
-        per_channel = np.abs(layer.weight).max(axis=(1, 2, 3)) / INT8_MAX
-        weight_scale = per_channel.clip(min=np.finfo(np.float32).tiny).astype(np.float32)
-        weight = np.clip(np.rint(layer.weight / weight_scale.reshape(-1, 1, 1, 1)), -INT8_MAX, INT8_MAX).astype(np.int8)
-        bias = np.rint(layer.bias / (known[0] * weight_scale)).astype(np.int32)
+        weight, weight_scale = symmetric_int8(layer.weight, axis=(1, 2, 3))
+        bias = quantized_bias(layer.bias, known[0] * weight_scale)
         output = self.ranges[name].scale_and_zero_point()
         x = self.node(
             "QLinearConv",

@@ -58,6 +58,9 @@ class PreprocessSpec(_Frozen):
     resize: PositiveInt = Field(description="Length of the shorter side after resizing, in pixels.")
     squash: bool = Field(default=False, description="Both sides become that long, whatever the picture's proportions.")
     crop: tuple[PositiveInt, PositiveInt] = Field(description="Height and width of the centre crop, in pixels.")
+    crop_rounding: Literal["half_to_even", "down"] = Field(
+        default="half_to_even", description="Of the crop's offset, where the margins are odd: torchvision's, or transformers'."
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float] = Field(description="Per channel, RGB, in units of the scaled values.")
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]

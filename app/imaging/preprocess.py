@@ -1,7 +1,7 @@
 """RGB uint8 -> what stage 0 takes: resize the shorter side, crop the centre, normalise where the graph does not.
 
-Geometry and rounding are those of torchvision's `Resize` and `CenterCrop`, which timm uses too; both happen in one
-resampling of the cropped part, with Pillow's antialiased filters.
+Geometry and rounding are those of torchvision's `Resize` and `CenterCrop`, which timm uses too, or of transformers' image
+processors; both happen in one resampling of the cropped part, with Pillow's antialiased filters.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def load_pixels(data: bytes, spec: PreprocessSpec, *, max_pixels: int, budget: D
 def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8]:
     width, height = picture.size
     short = min(width, height)
-    # torchvision cuts the longer side to a whole number, and rounds the crop's offset half to even.
+    # torchvision and transformers cut the longer side to a whole number.
     new_width, new_height = spec.resize * width // short, spec.resize * height // short
     if spec.squash:
         new_width = new_height = spec.resize
     crop_height, crop_width = spec.crop
-    left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
+    left, top = _offset(new_width - crop_width, spec), _offset(new_height - crop_height, spec)
     if (new_width, new_height) == picture.size:
         cut = picture.image.crop(picture.stored_box(left, top, left + crop_width, top + crop_height))
     else:
@@ -85,6 +85,10 @@ def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8
         cut = picture.image.resize(size, _FILTERS[spec.interpolation], box, gap)
     image = picture.upright(cut)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _offset(margin: int, spec: PreprocessSpec) -> int:
+    return margin // 2 if spec.crop_rounding == "down" else round(margin / 2)
 
 
 def _normalise(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> Pixels:

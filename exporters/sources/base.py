@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import onnx
 from pydantic import ValidationError
 
+from app.types import FloatArray
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
 
@@ -27,10 +30,25 @@ class Network:
     has_exits: bool  # else the heads of all stages but the last are still to be fitted
 
 
+@dataclass(frozen=True, slots=True)
+class WholeModel:
+    """A classifier of another kind, as one graph, and what an export must know of it.
+
+    The graph takes float32 (B, 3, H, W), normalised, and gives logits (B, C) and nothing else; B is free.
+    """
+
+    graph: onnx.ModelProto
+    answer: Callable[[FloatArray], FloatArray]  # normalised pixels -> logits by other means: PyTorch, or the file as it came
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...]
+    weights_sha256: str
+    origin: str  # what it is called where it comes from
+
+
 class Source(Protocol):
     """Knows where a network is."""
 
-    def load(self) -> Network:
+    def load(self) -> Network | WholeModel:
         """Read it.
 
         Raises:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from exporters.sources.base import Source, SourceError
 from exporters.sources.timm_vit import TimmSource
+from exporters.sources.timm_whole import TimmWholeSource
 from exporters.sources.transformers_vit import CONFIG, PREPROCESSOR, WEIGHTS, TransformersSource
+from exporters.sources.transformers_whole import TransformersWholeSource
 
 WANTED = [CONFIG, PREPROCESSOR, *WEIGHTS]
-FAMILIES = ("vit", "deit")  # transformers' `model_type`s that are known
+FAMILIES = ("vit", "deit")  # transformers' `model_type`s that become a network of our own, with stages
+
+OWN = ("vit_", "deit")  # how timm's architectures begin that do
 
 
 def find(name: str) -> Path:
@@ -57,7 +61,10 @@ def from_folder(folder: Path, labels: tuple[str, ...], boundaries: tuple[int, ..
     if "architecture" in told:
         return _timm(folder, told, labels, boundaries)
     if told["model_type"] not in FAMILIES:
-        raise SourceError(f"networks of the kind {told['model_type']!r} are not known; known are {', '.join(FAMILIES)}")
+        if boundaries:
+            raise SourceError(f"{told['model_type']} is exported in one piece; --boundaries are for {' and '.join(FAMILIES)}")
+        whole = TransformersWholeSource(folder)
+        return whole, whole.labels()
     source = TransformersSource(folder, boundaries)
     return source, source.labels()
 
@@ -72,4 +79,8 @@ def _timm(
     weights = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         raise SourceError(f"{folder.name} holds neither {' nor '.join(WEIGHTS)}")
-    return TimmSource(weights, folder / CONFIG, names, boundaries), names
+    if str(told["architecture"]).startswith(OWN):
+        return TimmSource(weights, folder / CONFIG, names, boundaries), names
+    if boundaries:
+        raise SourceError(f"{told['architecture']} is exported in one piece; --boundaries are for ViT and DeiT")
+    return TimmWholeSource(weights, folder / CONFIG, names), names

@@ -22,7 +22,9 @@ from models.weights import load_state_dict, sha256_of
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 
 
-class _Pretrained(BaseModel):
+class Pretrained(BaseModel):
+    """How the network was trained to see."""
+
     input_size: tuple[int, int, int]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     crop_pct: float
@@ -31,12 +33,12 @@ class _Pretrained(BaseModel):
     std: tuple[float, float, float]
 
 
-class _TimmConfig(BaseModel):
+class TimmConfig(BaseModel):
     """What is used of a `config.json` as timm writes it to a hub."""
 
     architecture: str
     num_classes: int
-    pretrained_cfg: _Pretrained
+    pretrained_cfg: Pretrained
     model_args: dict[str, Any] = {}
 
 
@@ -64,7 +66,7 @@ class TimmSource:
             WeightsError: the checkpoint lacks a tensor, has one too many, or one of another shape.
         """
         try:
-            told = _TimmConfig.model_validate_json(self.config.read_bytes())
+            told = TimmConfig.model_validate_json(self.config.read_bytes())
         except ValidationError as error:
             raise SourceError(f"{self.config.name} is not a configuration as timm writes it: {faults_of(error)}") from error
         if len(self.labels) != told.num_classes:
@@ -79,7 +81,7 @@ class TimmSource:
         model = network_of(state, asked, self.boundaries)
         return Network(
             model,
-            preprocessing(told.pretrained_cfg),
+            timm_preprocessing(told.pretrained_cfg),
             self.labels,
             sha256_of(self.weights),
             told.architecture,
@@ -87,7 +89,7 @@ class TimmSource:
         )
 
 
-def preprocessing(told: _Pretrained) -> PreprocessSpec:
+def timm_preprocessing(told: Pretrained) -> PreprocessSpec:
     """As timm evaluates: the shorter side to size / crop_pct, rounded down, then the centre."""
     _, height, width = told.input_size
     if told.crop_mode != "center" or height != width:

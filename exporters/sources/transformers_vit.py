@@ -132,6 +132,7 @@ def preprocessing(told: _Preprocessor) -> PreprocessSpec:
         resize=size[0],
         squash=True,
         crop=crop,
+        crop_rounding="down",
         interpolation=RESAMPLE[told.resample],
         mean=told.image_mean,
         std=told.image_std,

@@ -10,9 +10,9 @@ from exporters.calibration import Extremes, collect_extremes, ranges_of
 from exporters.config import CalibrationConfig
 from exporters.equalization import LARGEST_FACTOR, equalize
 from exporters.golden import golden_images
-from exporters.recipe import _graphs
 from exporters.sensitivity import last_logits
 from exporters.validation import normalised
+from exporters.vit_export import stage_graphs
 from models.multi_exit import MultiExitViT
 from models.zoo import ZOO, create_model
 
@@ -39,7 +39,7 @@ def uneven() -> MultiExitViT:
 
 
 def seen_in(model: MultiExitViT) -> list[dict[str, Extremes]]:
-    return collect_extremes(_graphs(model, SPEC, expose=True), PIXELS, CONFIG)
+    return collect_extremes(stage_graphs(model, SPEC, expose=True), PIXELS, CONFIG)
 
 
 def test_in_fp32_it_is_the_same_network(uneven: MultiExitViT) -> None:
@@ -68,11 +68,11 @@ def test_what_it_says_the_layers_range_over_is_what_they_do(uneven: MultiExitViT
 
 def test_int8_is_nearer_to_fp32(uneven: MultiExitViT) -> None:
     """Where channels were uneven."""
-    reference = last_logits(_graphs(uneven, SPEC), PIXELS)
+    reference = last_logits(stage_graphs(uneven, SPEC), PIXELS)
     evened, said = equalize(uneven, seen_in(uneven))
 
     errors = [
-        np.abs(last_logits(_graphs(model, SPEC, ranges=ranges_of(seen, CONFIG)), PIXELS) - reference).mean()
+        np.abs(last_logits(stage_graphs(model, SPEC, ranges=ranges_of(seen, CONFIG)), PIXELS) - reference).mean()
         for model, seen in ((evened, said), (uneven, seen_in(uneven)))
     ]
 

@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
+from app.runtime.ort_backend import OrtBackend
 from exporters import recipe
 from exporters.cli import app as exporter
 from exporters.config import ExportConfig, QuantizationConfig
+from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished
 from exporters.sources.base import SourceError
 from exporters.sources.zoo import ZooSource
@@ -23,6 +26,7 @@ from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
 from models.zoo import CIFAR10_LABELS, create_model
 from tests.checkpoints import LABELS, checkpoint, write_checkpoint, write_transformers_folder
+from tests.families import write_family
 from tests.images import make_archive, make_jpeg, photo
 
 
@@ -244,7 +248,34 @@ def test_a_folder_as_transformers_writes_it_becomes_a_version_too(tmp_path: Path
     assert manifest.preprocess.squash
     assert (tmp_path / "repository" / "nano" / "1" / "labels.txt").read_text().split() == list(LABELS)
     assert nothing.exit_code == 1
-    assert "say --weights FILE, or --checkpoint FOLDER" in nothing.output
+    assert "say --weights FILE, --checkpoint FOLDER or --onnx FILE" in nothing.output
+
+
+def test_a_network_of_another_family_becomes_a_version_that_answers(tmp_path: Path) -> None:
+    """One stage and no exits, fp32 and INT8; what needs stages of our own is refused in a line."""
+    folder = write_family(tmp_path, "convnext")
+    make_archive(tmp_path / "images.zip", [f"class {number}" for number in range(5)], per_class=6)
+    arguments = ["export", "--model", "convnext", "--version", "1", "--checkpoint", str(folder)]
+    arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip"), "--unlabelled"]
+    arguments += ["--repository", str(tmp_path / "repository"), *([] if has_exact_int8() else ["--no-int8"])]
+
+    result = CliRunner().invoke(exporter, arguments)
+    refused = [
+        CliRunner().invoke(exporter, [*arguments, "--version", "2", *more])
+        for more in (["--reduce", "tome:2"], ["--boundaries", "1,2"])
+    ]
+
+    assert result.exit_code == 0, result.output
+    directory = tmp_path / "repository" / "convnext" / "1"
+    manifest = ModelManifest.load(directory)
+    assert (len(manifest.stages), manifest.num_classes, manifest.preprocess.crop) == (1, 5, (64, 64))
+    assert manifest.stages[0].gmacs > 0
+    backend = OrtBackend(directory, manifest, manifest.variants[-1].name, one_thread())
+    pixels = np.stack([preprocess(photo(90, 70, seed=seed), manifest.preprocess) for seed in range(3)])
+    assert backend.run(0, {"pixels": pixels}).logits.shape == (3, 5)
+    assert [each.exit_code for each in refused] == [1, 1]
+    assert "token reduction is for ViT and DeiT" in refused[0].output
+    assert "convnext is exported in one piece" in refused[1].output
 
 
 def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from exporters.calibration import collect_ranges
 from exporters.config import CalibrationConfig, QuantizationConfig
 from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
-from exporters.recipe import _graphs
 from exporters.sensitivity import Ranges, groups, last_logits, select_layers
+from exporters.vit_export import stage_graphs
 from models.multi_exit import MultiExitViT
 from models.zoo import ZOO, create_model
 
@@ -38,7 +38,7 @@ def network() -> MultiExitViT:
 
 
 def ranges_of(model: MultiExitViT, pixels: np.ndarray) -> list[dict[str, ActivationRange]]:
-    return collect_ranges(_graphs(model, SPEC, expose=True), pixels, CalibrationConfig())
+    return collect_ranges(stage_graphs(model, SPEC, expose=True), pixels, CalibrationConfig())
 
 
 def test_the_layer_that_hurts_is_left_in_fp32(pixels: np.ndarray) -> None:
@@ -49,7 +49,7 @@ def test_the_layer_that_hurts_is_left_in_fp32(pixels: np.ndarray) -> None:
     ranges[1]["blocks.1.mlp.fc2"] = replace(bad, low=-2000.0, high=2000.0)
 
     found = select_layers(
-        lambda chosen: _graphs(model, SPEC, ranges=chosen), ranges, pixels, replace(CONFIG, target_agreement=0.95)
+        lambda chosen: stage_graphs(model, SPEC, ranges=chosen), ranges, pixels, replace(CONFIG, target_agreement=0.95)
     )
 
     assert found.kept_fp32 == ("1.blocks.1.mlp.fc2",)
@@ -66,7 +66,7 @@ def test_where_int8_agrees_everything_is_int8(pixels: np.ndarray) -> None:
 
     def build(chosen: Ranges) -> list[onnx.ModelProto]:
         built.append(sum(map(len, chosen)))
-        return _graphs(model, SPEC, ranges=chosen)
+        return stage_graphs(model, SPEC, ranges=chosen)
 
     found = select_layers(build, ranges, pixels, replace(CONFIG, target_agreement=0.8))
 
@@ -79,7 +79,7 @@ def test_there_is_a_limit_to_what_stays_fp32(pixels: np.ndarray) -> None:
     """A target out of reach leaves the most sensitive layers in fp32 and says how far that went."""
     model = network()
     found = select_layers(
-        lambda chosen: _graphs(model, SPEC, ranges=chosen),
+        lambda chosen: stage_graphs(model, SPEC, ranges=chosen),
         ranges_of(model, pixels),
         pixels,
         replace(CONFIG, target_agreement=1.01, max_fp32_layers=2),
@@ -106,4 +106,4 @@ def test_logits_are_those_of_the_last_exit_in_the_order_of_the_images(pixels: np
         from exporters.validation import normalised
 
         expected = model(normalised(pixels, SPEC))[-1].numpy()
-    np.testing.assert_allclose(last_logits(_graphs(model, SPEC), pixels), expected, atol=1e-4)
+    np.testing.assert_allclose(last_logits(stage_graphs(model, SPEC), pixels), expected, atol=1e-4)

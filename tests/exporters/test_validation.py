@@ -13,6 +13,7 @@ from exporters.config import QuantizationConfig
 from exporters.golden import golden_images
 from exporters.staging import stage_specs
 from exporters.validation import AccuracyLoss, ShapeMismatch, ValueMismatch, normalised, validate, validate_quantized
+from exporters.vit_export import ViTExport
 from models.zoo import ZOO, create_model
 
 SPEC = ZOO["test_vit"].preprocess
@@ -38,7 +39,7 @@ class TorchBackend:
 def run(backend: TorchBackend) -> float:
     """Validate against an untouched network."""
     model = create_model("test_vit").eval()
-    return validate(backend, stage_specs(model, SPEC), model, SPEC, golden_images(SPEC))  # type: ignore[arg-type]
+    return validate(backend, stage_specs(model, SPEC), ViTExport(model, SPEC).answers, golden_images(SPEC))  # type: ignore[arg-type]
 
 
 def test_an_equal_network_passes() -> None:

@@ -182,3 +182,12 @@ def test_a_squashed_picture_is_the_whole_picture_whatever_its_proportions(size: 
     assert difference(expected, preprocess(image, spec)).mean() < MAX_DIFFERENCE
     loaded = load_pixels(make_jpeg(image, quality=98), spec, max_pixels=MAX_PIXELS)
     assert difference(expected, loaded).mean() < 2 * MAX_DIFFERENCE  # and what the JPEG itself costs
+
+
+def test_an_odd_margin_is_rounded_as_the_network_was_trained() -> None:
+    """Seven pixels too many: torchvision cuts four in front, transformers three."""
+    image = photo(71, 64)
+    half, down = (preprocess(image, make_spec(64, crop_rounding=rounding)) for rounding in ("half_to_even", "down"))
+
+    np.testing.assert_array_equal(half, image[:, 4:68])
+    np.testing.assert_array_equal(down, image[:, 3:67])

@@ -38,7 +38,7 @@ def test_what_is_in_a_folder_is_told_by_its_configuration(tmp_path: Path) -> Non
         (None, "holds no config.json"),
         ("{", "config.json is no JSON"),
         ('{"hidden_size": 3}', "neither timm's"),
-        ('{"model_type": "swin"}', "networks of the kind 'swin' are not known; known are vit, deit"),
+        ('{"model_type": "hourglass"}', "transformers does not know"),
         (json.dumps(TOLD), "does not name its classes: say --labels FILE"),
     ],
 )

@@ -1,0 +1,74 @@
+"""Networks of timm other than plain ViT and DeiT: MViT, TinyViT, EfficientFormer and the like, where timm is installed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from exporters.sources.base import SourceError, WholeModel, faults_of
+from exporters.sources.timm_vit import TimmConfig, timm_preprocessing
+from exporters.sources.torch_graph import answers, traced
+from models.weights import WeightsError, load_state_dict, sha256_of
+
+
+@dataclass(frozen=True, slots=True)
+class TimmWholeSource:
+    """A checkpoint and what lies beside it.
+
+    Args:
+        weights: `.safetensors`, or a state dict for `torch.load(weights_only=True)`.
+        config: timm's `config.json`.
+        labels: one per class, in the order of the classifier.
+    """
+
+    weights: Path
+    config: Path
+    labels: tuple[str, ...]
+
+    def load(self) -> WholeModel:
+        """Build, fill and trace it.
+
+        Raises:
+            SourceError: timm is missing or does not know it, or it has no ONNX.
+            WeightsError: the checkpoint does not fit.
+        """
+        timm = _package()
+        try:
+            told = TimmConfig.model_validate_json(self.config.read_bytes())
+        except ValidationError as error:
+            raise SourceError(f"{self.config.name} is not a configuration as timm writes it: {faults_of(error)}") from error
+        if len(self.labels) != told.num_classes:
+            raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
+        try:
+            model: torch.nn.Module = timm.create_model(
+                told.architecture, pretrained=False, num_classes=told.num_classes, exportable=True, **told.model_args
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise SourceError(f"timm does not build {told.architecture}: {str(error).strip().splitlines()[0]}") from error
+        missing, unexpected = model.load_state_dict(load_state_dict(self.weights), strict=False)
+        if missing or unexpected:
+            raise WeightsError(
+                f"the checkpoint is not one of {told.architecture}: it lacks {missing[:3]}, and {unexpected[:3]} have no use"
+            )
+        model.eval()
+        spec = timm_preprocessing(told.pretrained_cfg)
+
+        def forward(x: Tensor) -> Tensor:
+            logits: Tensor = model(x)
+            return logits
+
+        graph = traced(model, forward, told.architecture, spec.crop)
+        return WholeModel(graph, answers(forward), spec, self.labels, sha256_of(self.weights), told.architecture)
+
+
+def _package() -> Any:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # without its own torchvision it fails in either way
+        raise SourceError(f"networks of timm other than ViT and DeiT need it: pip install timm ({error})") from error
+    return timm

@@ -1,0 +1,83 @@
+"""A network of our own as something that can be exported: a graph per stage, channels evened out before INT8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import torch
+
+from app.types import Array, FloatArray
+from exporters.calibration import collect_extremes, ranges_of
+from exporters.config import CalibrationConfig, QuantizationConfig
+from exporters.equalization import equalize
+from exporters.exportable import Progress, Quantized
+from exporters.sensitivity import Ranges, select_layers
+from exporters.staging import stage_specs, stages_of, token_counts
+from exporters.validation import normalised
+from exporters.vit_graph import stage_graph
+from models.manifest import PreprocessSpec, StageSpec
+from models.multi_exit import MultiExitViT
+
+
+@dataclass(frozen=True, slots=True)
+class ViTExport:
+    """In evaluation mode; its heads fitted, its tokens reduced where that is wanted."""
+
+    model: MultiExitViT
+    preprocess: PreprocessSpec
+
+    def stages(self) -> tuple[StageSpec, ...]:
+        """As the manifest has them."""
+        return stage_specs(self.model, self.preprocess)
+
+    def graphs(self) -> list[onnx.ModelProto]:
+        """In fp32, one per stage."""
+        return stage_graphs(self.model, self.preprocess)
+
+    def quantized(
+        self, pixels: Array, calibration: CalibrationConfig, quantization: QuantizationConfig, progress: Progress
+    ) -> Quantized:
+        """In INT8: calibrated, evened out, and without the layers that hurt."""
+        exposed = stage_graphs(self.model, self.preprocess, expose=True)
+        model, extremes = equalize(self.model, collect_extremes(exposed, pixels, calibration))
+
+        def build(chosen: Ranges) -> list[onnx.ModelProto]:
+            return stage_graphs(model, self.preprocess, ranges=chosen)
+
+        selection = select_layers(build, ranges_of(extremes, calibration), pixels, quantization)
+        percent = f"{100 * selection.agreement:.1f} %"
+        progress(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
+        return Quantized(build(selection.ranges), selection.kept())
+
+    @torch.no_grad()
+    def answers(self, pixels: Array) -> list[FloatArray]:
+        """By PyTorch."""
+        return [logits.numpy() for logits in self.model(normalised(pixels, self.preprocess))]
+
+
+def stage_graphs(
+    model: MultiExitViT, preprocess: PreprocessSpec, *, ranges: Ranges | None = None, expose: bool = False
+) -> list[onnx.ModelProto]:
+    """A graph per stage.
+
+    Args:
+        ranges: of the layers that become INT8.
+        expose: give the extremes that calibration wants.
+    """
+    graphs, counts = [], token_counts(model)
+    for index, stage in enumerate(stages_of(model)):
+        graphs.append(
+            stage_graph(
+                stage,
+                index,
+                model.config,
+                preprocess,
+                entering=counts[index],
+                leaving=counts[index + 1],
+                last=index == len(model.stages) - 1,
+                ranges=ranges[index] if ranges else None,
+                expose=expose,
+            )
+        )
+    return graphs
