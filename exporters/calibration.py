@@ -12,6 +12,7 @@ import onnxruntime as ort
 from app.types import Array
 from exporters.config import CalibrationConfig
 from exporters.graph_writer import HIGH, LOW, ActivationRange
+from exporters.progress import SILENT, Progress
 from models.manifest import PIXELS
 
 
@@ -43,7 +44,9 @@ class Extremes:
         return ActivationRange(float(self.low[kept].min()), float(self.high[kept].max()), outliers)
 
 
-def collect_extremes(stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig) -> list[dict[str, Extremes]]:
+def collect_extremes(
+    stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig, progress: Progress = SILENT
+) -> list[dict[str, Extremes]]:
     """The smallest and largest input of each linear layer and output of each convolution, per stage.
 
     Min-max, not percentiles: percentiles were worse on real Vision Transformers (docs/adr/0005). Every image goes
@@ -56,7 +59,7 @@ def collect_extremes(stages: Sequence[onnx.ModelProto], pixels: Array, config: C
     pixels = pixels[spread(len(pixels), config.num_images)]
     sessions = [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
     seen: list[dict[str, Extremes]] = [{} for _ in stages]
-    for start in range(0, len(pixels), config.batch_size):
+    for start in progress.track(range(0, len(pixels), config.batch_size), "calibrating"):
         inputs = {PIXELS: pixels[start : start + config.batch_size]}
         for index, session in enumerate(sessions):
             names = [node.name for node in session.get_outputs()]
@@ -75,10 +78,10 @@ def ranges_of(seen: Sequence[Mapping[str, Extremes]], config: CalibrationConfig)
 
 
 def collect_ranges(
-    stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig
+    stages: Sequence[onnx.ModelProto], pixels: Array, config: CalibrationConfig, progress: Progress = SILENT
 ) -> list[dict[str, ActivationRange]]:
     """`ranges_of` what `collect_extremes` sees."""
-    return ranges_of(collect_extremes(stages, pixels, config), config)
+    return ranges_of(collect_extremes(stages, pixels, config, progress), config)
 
 
 def outlier_channels(largest: Array, config: CalibrationConfig) -> tuple[int, ...]:

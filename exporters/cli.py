@@ -9,11 +9,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from app.errors import ServiceError
 from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import ImageSetError, classes_by_folder
+from exporters.plan import plan
+from exporters.progress import ConsoleProgress
 from exporters.published import from_report, print_tables, remeasure
 from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
@@ -81,6 +84,7 @@ def export(
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,
     also_classes: Annotated[Path | None, typer.Option(exists=True, help="JSON {folder: class} of those.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be made, and make nothing.")] = False,
     data: Annotated[str, typer.Option(help="A sentence on the training data, for the model card.")] = "not stated",
     training: Annotated[str, typer.Option(help="A sentence on the training, for the model card.")] = "not stated",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
@@ -130,13 +134,24 @@ def export(
                 flags=([] if int8 else ["--no-int8"]) + (["--unlabelled"] if unlabelled else []),
             ),
         )
-        with console.status("exporting"):
-            directory = run(config, lambda step: console.print(f"· {step}"))
+        if dry_run:
+            _print_plan(console, plan(config))
+            return
+        with ConsoleProgress.on(console) as progress:
+            directory = run(config, progress)
     except UNUSABLE as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error
     print_tables(console, from_report(directory))
     console.print(f"published {directory}", soft_wrap=True)
+
+
+def _print_plan(console: Console, told: dict[str, str]) -> None:
+    table = Table(show_header=False, box=None)
+    for name, value in told.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print("nothing was written: --dry-run")
 
 
 def _source(
@@ -213,9 +228,9 @@ def evaluate(
     console = Console()
     try:
         mapping = None if classes is None else json.loads(classes.read_text())
-        with console.status("measuring"):
-            names = None if folders is None else _lines(folders)
-            found = remeasure(repository, model, version, images, classes=mapping, folders=names)
+        names = None if folders is None else _lines(folders)
+        with ConsoleProgress.on(console) as progress:
+            found = remeasure(repository, model, version, images, classes=mapping, folders=names, progress=progress)
     except (ImageSetError, ServiceError, json.JSONDecodeError) as error:
         console.print(f"[red]{error}[/]", soft_wrap=True)
         raise typer.Exit(1) from error

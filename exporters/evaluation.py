@@ -16,6 +16,7 @@ from app.postprocess import softmax
 from app.runtime.backend import Backend
 from app.types import Array, FloatArray
 from exporters.exit_fitting import route
+from exporters.progress import SILENT, Progress
 from models.manifest import PIXELS, ExitSpec, StageSpec
 
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
@@ -27,10 +28,12 @@ NUM_CONFUSIONS = 6  # the most frequent mistakes that a report names
 Z_95 = 1.96  # standard deviations of a two-sided interval of 95 %
 
 
-def logits_per_exit(backend: Backend, num_stages: int, pixels: Array, batch_size: int = 64) -> list[FloatArray]:
+def logits_per_exit(
+    backend: Backend, num_stages: int, pixels: Array, progress: Progress = SILENT, *, batch_size: int = 64
+) -> list[FloatArray]:
     """Logits (N, C) of every exit, every image taken through all stages."""
     collected: list[list[FloatArray]] = [[] for _ in range(num_stages)]
-    for start in range(0, len(pixels), batch_size):
+    for start in progress.track(range(0, len(pixels), batch_size), "every exit of every image"):
         inputs: Mapping[str, Array] = {PIXELS: pixels[start : start + batch_size]}
         for stage in range(num_stages):
             output = backend.run(stage, inputs)

@@ -7,7 +7,6 @@ of the network's own, which is a better guess than none: features turn into the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from app.types import Array
 from exporters.config import ExitHeadConfig
 from exporters.images import ImageSetError
+from exporters.progress import SILENT, Progress
 from exporters.staging import stages_of
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
@@ -24,7 +24,6 @@ from models.multi_exit import MultiExitViT
 from models.vit import Head
 
 BATCH_SIZE = 32
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class FittedHead:
 
 
 def fit_exit_heads(
-    model: MultiExitViT, pixels: Array, spec: PreprocessSpec, config: ExitHeadConfig, progress: Progress = lambda _: None
+    model: MultiExitViT, pixels: Array, spec: PreprocessSpec, config: ExitHeadConfig, progress: Progress = SILENT
 ) -> list[FittedHead]:
     """Fit the head of every stage but the last, in place; the rest of the network stays as it is.
 
@@ -60,7 +59,7 @@ def fit_exit_heads(
         stage.head.load_state_dict(stages[-1].head.state_dict())
         result = _fit(stage.head, features[index], target, held, fitted_on, config, generator)
         percent = f"{100 * result.agreement:.1f} % ({100 * result.agreement_before:.1f} before it was fitted)"
-        progress(f"exit {index} agrees with the last on {percent}")
+        progress.step(f"exit {index} agrees with the last on {percent}")
         results.append(result)
     return results
 
@@ -71,14 +70,13 @@ def _features(model: MultiExitViT, pixels: Array, spec: PreprocessSpec, progress
     stages, num_prefix = stages_of(model), model.config.num_prefix_tokens
     collected: list[list[Tensor]] = [[] for _ in stages[:-1]]
     target = []
-    for start in range(0, len(pixels), BATCH_SIZE):
+    for start in progress.track(range(0, len(pixels), BATCH_SIZE), "features of the images"):
         x, sizes = normalised(pixels[start : start + BATCH_SIZE], spec), None
         for index, stage in enumerate(stages):
             logits, x, sizes = stage(x, sizes)
             if index < len(collected):
                 collected[index].append(x[:, :num_prefix].clone() if num_prefix else x)
         target.append(logits.softmax(dim=1))
-        progress(f"features of {min(start + BATCH_SIZE, len(pixels))} of {len(pixels)} images")
     return [torch.cat(parts) for parts in collected], torch.cat(target)
 
 

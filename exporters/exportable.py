@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +9,8 @@ import onnx
 
 from app.types import Array, FloatArray
 from exporters.config import CalibrationConfig, QuantizationConfig
+from exporters.progress import Progress
 from models.manifest import StageSpec
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

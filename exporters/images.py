@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,13 @@ import numpy as np
 from app.errors import RequestError
 from app.imaging.preprocess import Pixels, load_pixels
 from app.types import Array
+from exporters.progress import SILENT, Progress
 from models.manifest import PreprocessSpec
 
 MAX_PIXELS = 200_000_000  # of one image; the files are the user's own
+
+Read = Callable[[], bytes]
+File = tuple[str, Read]  # its name, with the folder it lies in
 
 
 class ImageSetError(ValueError):
@@ -36,7 +41,12 @@ class ImageSet:
 
 
 def read_images(
-    path: Path, labels: Sequence[str], spec: PreprocessSpec, *, folders: Mapping[str, int] | None = None
+    path: Path,
+    labels: Sequence[str],
+    spec: PreprocessSpec,
+    *,
+    folders: Mapping[str, int] | None = None,
+    progress: Progress = SILENT,
 ) -> ImageSet:
     """Read `<class>/<file>` from a folder or a zip archive, in the order of names.
 
@@ -46,38 +56,47 @@ def read_images(
     Raises:
         ImageSetError: when there are none, a class is unknown, or a file is not an image.
     """
-    index = folders if folders is not None else {label: number for number, label in enumerate(labels)}
     pixels, targets, digest = [], [], hashlib.sha256()
-    for name, read in _files(path):
-        label = name.split("/")[-2] if "/" in name else ""
-        if label not in index:
-            if folders is not None:
-                continue
-            raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
-        data = read()
-        pixels.append(_load(name, data, spec))
-        targets.append(index[label])
-        digest.update(data)
-    if not pixels:
-        where = " in a folder that is mapped" if folders else ""
-        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>{where}")
+    with _files(path) as files:
+        chosen = _labelled(path, files, labels, folders)
+        for name, read, target in progress.track(chosen, path.name):
+            data = read()
+            pixels.append(_load(name, data, spec))
+            targets.append(target)
+            digest.update(data)
     return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
 
 
-def read_unlabelled(path: Path, spec: PreprocessSpec) -> ImageSet:
+def read_unlabelled(path: Path, spec: PreprocessSpec, progress: Progress = SILENT) -> ImageSet:
     """Read every file of a folder with its sub-folders, or of a zip archive; labels are -1.
 
     Raises:
         ImageSetError: when there are none, or a file is not an image.
     """
     pixels, digest = [], hashlib.sha256()
-    for name, read in _files(path, pattern="**/*"):
-        data = read()
-        pixels.append(_load(name, data, spec))
-        digest.update(data)
+    with _files(path, pattern="**/*") as files:
+        for name, read in progress.track(files, path.name):
+            data = read()
+            pixels.append(_load(name, data, spec))
+            digest.update(data)
     if not pixels:
         raise ImageSetError(f"{path.name} holds no images")
     return ImageSet(np.stack(pixels), np.full(len(pixels), -1, dtype=np.int64), digest.hexdigest())
+
+
+def count_images(
+    path: Path, labels: Sequence[str], *, folders: Mapping[str, int] | None = None, unlabelled: bool = False
+) -> int:
+    """How many `read_images` or `read_unlabelled` would read; none is decoded.
+
+    Raises:
+        ImageSetError: as those, but for broken files.
+    """
+    with _files(path, pattern="**/*" if unlabelled else "*/*") as files:
+        count = len(files) if unlabelled else len(_labelled(path, files, labels, folders))
+    if not count:
+        raise ImageSetError(f"{path.name} holds no images")
+    return count
 
 
 def classes_by_folder(mapping: Mapping[str, str], labels: Sequence[str]) -> dict[str, int]:
@@ -93,6 +112,24 @@ def classes_by_folder(mapping: Mapping[str, str], labels: Sequence[str]) -> dict
     return {folder: list(labels).index(label) for folder, label in mapping.items()}
 
 
+def _labelled(
+    path: Path, files: Sequence[File], labels: Sequence[str], folders: Mapping[str, int] | None
+) -> list[tuple[str, Read, int]]:
+    """With the class of each; those in folders that are not mapped are left out."""
+    index = folders if folders is not None else {label: number for number, label in enumerate(labels)}
+    chosen = []
+    for name, read in files:
+        label = name.split("/")[-2] if "/" in name else ""
+        if label in index:
+            chosen.append((name, read, index[label]))
+        elif folders is None:
+            raise ImageSetError(f"{name} lies in a folder {label!r}, which is none of the model's {len(labels)} classes")
+    if not chosen:
+        where = " in a folder that is mapped" if folders else ""
+        raise ImageSetError(f"{path.name} holds no images of the form <class>/<file>{where}")
+    return chosen
+
+
 def _load(name: str, data: bytes, spec: PreprocessSpec) -> Pixels:
     try:
         return load_pixels(data, spec, max_pixels=MAX_PIXELS)
@@ -100,13 +137,14 @@ def _load(name: str, data: bytes, spec: PreprocessSpec) -> Pixels:
         raise ImageSetError(f"{name}: {error}") from error
 
 
-def _files(path: Path, pattern: str = "*/*") -> Iterator[tuple[str, Callable[[], bytes]]]:
+@contextmanager
+def _files(path: Path, pattern: str = "*/*") -> Iterator[list[File]]:
+    """Names and how to read them, while the block runs."""
     if path.is_dir():
-        for file in sorted(entry for entry in path.glob(pattern) if entry.is_file() and not entry.name.startswith(".")):
-            yield f"{file.parent.name}/{file.name}", file.read_bytes
+        found = sorted(entry for entry in path.glob(pattern) if entry.is_file() and not entry.name.startswith("."))
+        yield [(f"{file.parent.name}/{file.name}", file.read_bytes) for file in found]
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for name in sorted(entry for entry in archive.namelist() if not entry.endswith("/")):
-                yield name, partial(archive.read, name)
+            yield [(name, partial(archive.read, name)) for name in sorted(archive.namelist()) if not name.endswith("/")]
     else:
         raise ImageSetError(f"{path} is neither a folder nor a zip archive")

@@ -19,6 +19,7 @@ from app.types import FloatArray
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.images import classes_by_folder, read_images
 from exporters.model_card import by_class, milliseconds, mistakes, percent, points
+from exporters.progress import SILENT, Progress
 from models.manifest import HardwareTarget, ModelManifest
 
 
@@ -42,6 +43,7 @@ def remeasure(
     *,
     classes: Mapping[str, str] | None = None,
     folders: Sequence[str] | None = None,
+    progress: Progress = SILENT,
 ) -> Remeasured:
     """Every exit of every variant on the images; the version's own temperatures and thresholds.
 
@@ -56,14 +58,14 @@ def remeasure(
     manifest = stored.manifest
     numbers = None if folders is None else {folder: number for number, folder in enumerate(folders)}
     numbers = numbers if classes is None else classes_by_folder(classes, stored.labels)
-    image_set = read_images(images, stored.labels, manifest.preprocess, folders=numbers)
+    image_set = read_images(images, stored.labels, manifest.preprocess, folders=numbers, progress=progress)
     profile = one_thread()
     here = {HardwareTarget.CPU, *([HardwareTarget.CPU_VNNI] if has_exact_int8() else [])}
     variants = [variant for variant in manifest.variants if here & set(variant.targets)]
     backends = {variant.name: OrtBackend(stored.directory, manifest, variant.name, profile) for variant in variants}
     exits = {variant.name: variant.exits for variant in variants}
     logits: dict[str, list[FloatArray]] = {
-        name: logits_per_exit(backend, len(manifest.stages), image_set.pixels) for name, backend in backends.items()
+        name: logits_per_exit(backend, len(manifest.stages), image_set.pixels, progress) for name, backend in backends.items()
     }
     reference = logits.get("fp32", logits[variants[0].name])[-1]
     return Remeasured(

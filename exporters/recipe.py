@@ -22,12 +22,13 @@ from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
-from exporters.exportable import Exportable, Progress
+from exporters.exportable import Exportable
 from exporters.golden import golden_images, write_golden
 from exporters.images import ImageSet, read_images, read_unlabelled
 from exporters.model_card import model_card
+from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
-from exporters.publishing import build_directory, checksums, publish
+from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule
 from exporters.sources.base import Network, SourceError, WholeModel
 from exporters.validation import ValidationError, validate, validate_quantized
@@ -55,36 +56,28 @@ class _Fitted:
     test_logits: list[FloatArray]
 
 
-def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
+def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
     """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
 
     Raises:
         AlreadyPublished, SourceError, ScheduleError, ImageSetError, WeightsError, ValidationError: nothing is published then.
     """
-    if config.int8 and not has_exact_int8():
-        raise ValidationError(
-            "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
-            "export on one with VNNI, or without INT8 (--no-int8)"
-        )
-    if not re.fullmatch(NAME_PATTERN, config.name):
-        raise SourceError(
-            f"{config.name!r} is no name for a model: small letters, digits, dots, dashes and underscores, at most 64"
-        )
+    check(config)
     with build_directory(config.repository, config.name, config.version) as build:
-        progress("loading weights")
+        progress.step("loading weights")
         network = config.source.load()
         spec = network.preprocess
-        full = None if config.reduction is None else _reduce(config, config.reduction, network, build)
-        progress("reading images")
-        fitting, test, others = _images(config, network.labels, spec)
+        full = None if config.reduction is None else _reduce(config, config.reduction, vit_of(network), build)
+        progress.step("reading images")
+        fitting, test, others = _images(config, network.labels, spec, progress)
         variants = [FP32, INT8] if config.int8 else [FP32]
 
         exported = _exportable(config, network, fitting, progress)
-        progress("writing fp32 stages")
+        progress.step("writing fp32 stages")
         write_stages(build / FP32, exported.graphs())
         kept_fp32 = "everything"
         if INT8 in variants:
-            progress("calibrating and writing int8 stages")
+            progress.step("calibrating and writing int8 stages")
             quantized = exported.quantized(fitting.pixels, config.calibration, config.quantization, progress)
             kept_fp32 = quantized.kept_fp32
             write_stages(build / INT8, quantized.graphs)
@@ -95,14 +88,16 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         draft = _manifest(config, stages, spec, build, {name: _no_exits(stages) for name in variants}, {})
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
-        progress("validating against PyTorch")
+        progress.step("validating against PyTorch")
         golden = golden_images(spec)
         difference = validate(backends[FP32], draft.stages, exported.answers, golden)
         write_golden(build / GOLDEN_FILE, golden, backends, draft)
 
-        progress("fitting exits and evaluating")
+        progress.step("fitting exits and evaluating")
         costs = [stage.gmacs for stage in draft.stages]
-        fitting_logits = {name: logits_per_exit(backend, len(costs), fitting.pixels) for name, backend in backends.items()}
+        fitting_logits = {
+            name: logits_per_exit(backend, len(costs), fitting.pixels, progress) for name, backend in backends.items()
+        }
         if config.unlabelled:
             fitting, test = (_answered(images, full or backends[FP32], len(costs)) for images in (fitting, test))
         if INT8 in variants:
@@ -111,7 +106,7 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
             name: _Fitted(
                 backend,
                 fit_exits(fitting_logits[name], fitting.labels, costs, config.exits),
-                logits_per_exit(backend, len(costs), test.pixels),
+                logits_per_exit(backend, len(costs), test.pixels, progress),
             )
             for name, backend in backends.items()
         }
@@ -121,14 +116,42 @@ def run(config: ExportConfig, progress: Progress = lambda _: None) -> Path:
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
-        progress("publishing")
+        progress.step("publishing")
         return publish(build, _manifest(config, stages, spec, build, exits, provenance), config.repository)
 
 
-def _reduce(config: ExportConfig, reduction: str, network: Network | WholeModel, build: Path) -> OrtBackend:
-    """Reduces tokens in the network; what it was before, in fp32."""
+def check(config: ExportConfig) -> None:
+    """What can be known before anything is read.
+
+    Raises:
+        AlreadyPublished, SourceError, ValidationError.
+    """
+    if (config.repository / config.name / str(config.version)).exists():
+        raise AlreadyPublished(f"{config.name} version {config.version} is already published; choose another version")
+    if config.int8 and not has_exact_int8():
+        raise ValidationError(
+            "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
+            "export on one with VNNI, or without INT8 (--no-int8)"
+        )
+    if not re.fullmatch(NAME_PATTERN, config.name):
+        raise SourceError(
+            f"{config.name!r} is no name for a model: small letters, digits, dots, dashes and underscores, at most 64"
+        )
+
+
+def vit_of(network: Network | WholeModel) -> Network:
+    """For what only a ViT of ours can do.
+
+    Raises:
+        SourceError: it is a whole model.
+    """
     if not isinstance(network, Network):
         raise SourceError(f"token reduction is for ViT and DeiT; {network.origin} can be exported as it is")
+    return network
+
+
+def _reduce(config: ExportConfig, reduction: str, network: Network, build: Path) -> OrtBackend:
+    """Reduces tokens in the network; what it was before, in fp32."""
     schedule = ReductionSchedule.parse(reduction, network.model.config.depth)
     full = _unreduced(config, network, build)
     apply_schedule(network.model, schedule)
@@ -141,19 +164,24 @@ def _exportable(config: ExportConfig, network: Network | WholeModel, fitting: Im
         return WholeExport(network)
     if not network.has_exits:
         heads = fit_exit_heads(network.model, fitting.pixels, network.preprocess, config.exit_heads, progress)
-        progress(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
+        progress.step(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
     return ViTExport(network.model, network.preprocess)
 
 
 def _images(
-    config: ExportConfig, labels: tuple[str, ...], spec: PreprocessSpec
+    config: ExportConfig, labels: tuple[str, ...], spec: PreprocessSpec, progress: Progress
 ) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
     """To fit on, to measure on, and to measure on besides."""
     fitting, test = (
-        read_unlabelled(path, spec) if config.unlabelled else read_images(path, labels, spec, folders=config.folders)
+        read_unlabelled(path, spec, progress)
+        if config.unlabelled
+        else read_images(path, labels, spec, folders=config.folders, progress=progress)
         for path in (config.calibration_images, config.test_images)
     )
-    others = {name: read_images(path, labels, spec, folders=config.other_folders) for name, path in config.other_images.items()}
+    others = {
+        name: read_images(path, labels, spec, folders=config.other_folders, progress=progress)
+        for name, path in config.other_images.items()
+    }
     return fitting, test, others
 
 

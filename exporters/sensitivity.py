@@ -13,6 +13,7 @@ from app.types import Array, FloatArray
 from exporters.calibration import spread
 from exporters.config import QuantizationConfig
 from exporters.graph_writer import ActivationRange
+from exporters.progress import SILENT, Progress
 from models.manifest import LOGITS, PIXELS
 
 Ranges = Sequence[Mapping[str, ActivationRange]]  # by stage, then by layer
@@ -40,7 +41,9 @@ class Selection:
         return ", ".join([*self.kept_fp32, *channels]) or "nothing but the heads"
 
 
-def select_layers(build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig) -> Selection:
+def select_layers(
+    build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig, progress: Progress = SILENT
+) -> Selection:
     """Leave as few layers in fp32 as make the network agree with fp32 on `target_agreement` of the images.
 
     Args:
@@ -64,7 +67,7 @@ def select_layers(build: Build, ranges: Ranges, pixels: Array, config: Quantizat
         return Selection(chosen, (), reached)
     few_reference = last_logits(build(nothing), few)
     errors = {}
-    for stage, layer in groups(ranges):
+    for stage, layer in progress.track(groups(ranges), "one layer at a time in int8"):
         alone = [_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)]
         errors[stage, layer] = float(((last_logits(build(alone), few) - few_reference) ** 2).mean())
     kept: list[str] = []

@@ -11,7 +11,8 @@ from app.types import Array, FloatArray
 from exporters.calibration import collect_extremes, ranges_of
 from exporters.config import CalibrationConfig, QuantizationConfig
 from exporters.equalization import equalize
-from exporters.exportable import Progress, Quantized
+from exporters.exportable import Quantized
+from exporters.progress import Progress
 from exporters.sensitivity import Ranges, select_layers
 from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import normalised
@@ -40,14 +41,14 @@ class ViTExport:
     ) -> Quantized:
         """In INT8: calibrated, evened out, and without the layers that hurt."""
         exposed = stage_graphs(self.model, self.preprocess, expose=True)
-        model, extremes = equalize(self.model, collect_extremes(exposed, pixels, calibration))
+        model, extremes = equalize(self.model, collect_extremes(exposed, pixels, calibration, progress))
 
         def build(chosen: Ranges) -> list[onnx.ModelProto]:
             return stage_graphs(model, self.preprocess, ranges=chosen)
 
-        selection = select_layers(build, ranges_of(extremes, calibration), pixels, quantization)
+        selection = select_layers(build, ranges_of(extremes, calibration), pixels, quantization, progress)
         percent = f"{100 * selection.agreement:.1f} %"
-        progress(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
+        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
         return Quantized(build(selection.ranges), selection.kept())
 
     @torch.no_grad()

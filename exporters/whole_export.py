@@ -9,7 +9,8 @@ import onnx
 from app.types import Array, FloatArray
 from exporters.calibration import collect_ranges
 from exporters.config import CalibrationConfig, QuantizationConfig
-from exporters.exportable import Progress, Quantized
+from exporters.exportable import Quantized
+from exporters.progress import Progress
 from exporters.quantization import exposed, layers_of, quantized
 from exporters.sensitivity import Ranges, select_layers
 from exporters.sources.base import WholeModel
@@ -39,14 +40,14 @@ class WholeExport:
     ) -> Quantized:
         """In INT8: calibrated, and without the layers that hurt."""
         layers = layers_of(self._graph)
-        ranges = collect_ranges([exposed(self._graph, layers)], pixels, calibration)
+        ranges = collect_ranges([exposed(self._graph, layers)], pixels, calibration, progress)
 
         def build(chosen: Ranges) -> list[onnx.ModelProto]:
             return [quantized(self._graph, layers, chosen[0])]
 
-        selection = select_layers(build, ranges, pixels, quantization)
+        selection = select_layers(build, ranges, pixels, quantization, progress)
         percent = f"{100 * selection.agreement:.1f} %"
-        progress(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
+        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
         return Quantized(build(selection.ranges), selection.kept())
 
     def answers(self, pixels: Array) -> list[FloatArray]:

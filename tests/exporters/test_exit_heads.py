@@ -10,6 +10,7 @@ from exporters.config import ExitHeadConfig
 from exporters.exit_heads import fit_exit_heads
 from models.multi_exit import MultiExitViT
 from models.zoo import ZOO, create_model
+from tests.exporters.listener import Listener
 
 SPEC = ZOO["test_vit"].preprocess
 CONFIG = ExitHeadConfig(max_steps=300, patience=200, min_held_out=8)
@@ -61,10 +62,10 @@ def test_the_same_seed_fits_the_same_heads(pixels: np.ndarray) -> None:
 
 def test_progress_is_told_and_too_few_images_are_refused(pixels: np.ndarray) -> None:
     """In words, before anything is computed."""
-    said: list[str] = []
-    fit_exit_heads(network(), pixels[:20], SPEC, CONFIG, said.append)
-    assert said[0] == "features of 20 of 20 images"
-    assert said[-1].startswith("exit 1 agrees with the last on ")
+    said = Listener()
+    fit_exit_heads(network(), pixels[:20], SPEC, CONFIG, said)
+    assert said.tracked == ["features of the images"]
+    assert said.steps[-1].startswith("exit 1 agrees with the last on ")
 
     with pytest.raises(ValueError, match="15 images are too few to fit exits on; 16 or more are needed"):
         fit_exit_heads(network(), pixels[:15], SPEC, CONFIG)

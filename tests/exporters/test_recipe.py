@@ -26,6 +26,7 @@ from exporters.validation import ValueMismatch
 from models.manifest import ModelManifest
 from models.zoo import CIFAR10_LABELS, create_model
 from tests.checkpoints import LABELS, checkpoint, write_checkpoint, write_transformers_folder
+from tests.exporters.listener import Listener
 from tests.families import write_family
 from tests.images import make_archive, make_jpeg, photo
 
@@ -60,8 +61,8 @@ def make_config(inputs: Path, repository: Path, version: int = 1) -> ExportConfi
 
 def test_a_published_version_is_complete(inputs: Path, tmp_path: Path) -> None:
     """Manifest, checksums, golden pair, report and card agree with each other."""
-    steps: list[str] = []
-    directory = recipe.run(make_config(inputs, tmp_path), steps.append)
+    said = Listener()
+    directory = recipe.run(make_config(inputs, tmp_path), said)
 
     manifest = ModelManifest.load(directory)
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
@@ -74,7 +75,8 @@ def test_a_published_version_is_complete(inputs: Path, tmp_path: Path) -> None:
     card = (directory / "MODEL_CARD.md").read_text()
     for variant in variants:
         assert f"{100 * report['variants'][variant]['operating_point']['top1']:.2f} %" in card
-    assert steps[-1] == "publishing"
+    assert said.steps[-1] == "publishing"
+    assert {"images", "every exit of every image"} <= set(said.tracked)
     assert [directory] == list((tmp_path / "test_vit").iterdir())
 
 
@@ -384,3 +386,31 @@ def test_a_name_that_could_not_be_served_is_refused_at_once(inputs: Path, tmp_pa
     with pytest.raises(SourceError, match="'My Model' is no name for a model"):
         recipe.run(replace(make_config(inputs, tmp_path), name="My Model"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_path: Path) -> None:
+    """And finds what can be found without computing: a version that exists, images in folders of no class."""
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--repository", str(tmp_path), "--no-int8", "--dry-run"]
+    (tmp_path / "else" / "nothing").mkdir(parents=True)
+    (tmp_path / "else" / "nothing" / "1.jpg").write_bytes(make_jpeg(photo(9, 9)))
+
+    result = CliRunner().invoke(exporter, [*arguments, "--test", str(inputs / "images"), "--reduce", "tome:2"])
+    lost = CliRunner().invoke(exporter, [*arguments, "--test", str(tmp_path / "else")])
+
+    assert result.exit_code == 0, result.output
+    for words in (
+        "test_vit of the zoo, 10 classes (airplane",
+        "3, of ",
+        "13, 9",
+        "20 to fit on, 20 to measure on",
+        "--dry-run",
+    ):
+        assert words in result.output
+    assert not (tmp_path / "test_vit").exists()
+    assert lost.exit_code == 1
+    assert "which is none of the model's 10 classes" in lost.output
+    recipe.run(replace(make_config(inputs, tmp_path), int8=False))
+    again = CliRunner().invoke(exporter, [*arguments, "--test", str(inputs / "images")])
+    assert again.exit_code == 1
+    assert "version 1 is already published" in again.output

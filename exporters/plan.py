@@ -1,0 +1,46 @@
+"""What an export would make, before it is made."""
+
+from __future__ import annotations
+
+from exporters.config import ExportConfig
+from exporters.exportable import Exportable
+from exporters.images import count_images
+from exporters.recipe import check, vit_of
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule
+from exporters.sources.base import WholeModel
+from exporters.vit_export import ViTExport
+from exporters.whole_export import WholeExport
+
+
+def plan(config: ExportConfig) -> dict[str, str]:
+    """What `run` would make of it, in words; nothing is computed, nothing written.
+
+    Raises:
+        AlreadyPublished, SourceError, ScheduleError, ImageSetError, WeightsError, ValidationError: what `run` would find too.
+    """
+    check(config)
+    network = config.source.load()
+    if config.reduction is not None:
+        model = vit_of(network).model
+        apply_schedule(model, ReductionSchedule.parse(config.reduction, model.config.depth))
+    spec = network.preprocess
+    exported: Exportable = WholeExport(network) if isinstance(network, WholeModel) else ViTExport(network.model, spec)
+    stages = exported.stages()
+    size = sum(graph.ByteSize() for graph in exported.graphs())
+    counts = [
+        count_images(path, network.labels, folders=config.folders, unlabelled=config.unlabelled)
+        for path in (config.calibration_images, config.test_images)
+    ]
+    resized = "squashed to" if spec.squash else "shorter side to"
+    tokens = [str(stage.outputs[1].shape[1]) for stage in stages[:-1]]
+    return {
+        "network": f"{network.origin}, {len(network.labels)} classes ({', '.join(network.labels[:3])}, …)",
+        "pictures": f"{resized} {spec.resize}, centre {spec.crop[0]} x {spec.crop[1]}, {spec.interpolation}",
+        "stages": f"{len(stages)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in stages)} billion multiply-adds",
+        "tokens between them": ", ".join(tokens) or "none",
+        "exits": "fitted" if isinstance(network, WholeModel) or network.has_exits else "heads are fitted first",
+        "variants": "fp32, int8" if config.int8 else "fp32",
+        "size": f"fp32 {size / 2**20:.1f} MiB",
+        "images": f"{counts[0]} to fit on, {counts[1]} to measure on",
+        "goes to": f"{config.repository / config.name / str(config.version)}",
+    }
