@@ -79,7 +79,10 @@ def export(
         str | None, typer.Option(help="Blocks after which a stage ends, as 4,8,12; exits are fitted.")
     ] = None,
     reduce: Annotated[
-        str | None, typer.Option(help="Token reduction: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…")
+        str | None,
+        typer.Option(
+            help="Fewer tokens: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…; METHOD:55% searches."
+        ),
     ] = None,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,

@@ -32,6 +32,14 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchConfig:
+    """How a schedule of token reduction is searched."""
+
+    num_images: int = 64
+    steps_of_all_tokens: int = 24  # a step takes a block as many tokens as this part of all patches
+
+
+@dataclass(frozen=True, slots=True)
 class ExitConfig:
     """How exits are fitted."""
 
@@ -73,6 +81,7 @@ class ExportConfig:
     reduction: str | None = None  # a schedule as `exporters.reduction_schedule` reads it
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"

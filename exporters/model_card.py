@@ -74,7 +74,7 @@ def model_card(
 - **Data:** {config.data}
 - **Training:** {config.training}
 - **INT8:** in fp32 is {provenance["kept_fp32"]}
-- **Token reduction:** {_reduction(config, report)}
+- **Token reduction:** {_reduction(provenance["token_reduction"], report)}
 - **Licence of the weights:** {config.licence}
 - **Made by:** `{config.command}` at commit {provenance["commit"]}
 
@@ -112,12 +112,12 @@ little optimistic; the tables above are not: their images took no part in it.
 """
 
 
-def _reduction(config: ExportConfig, report: Mapping[str, Any]) -> str:
-    if config.reduction is None:
-        return "none"
+def _reduction(schedule: str, report: Mapping[str, Any]) -> str:
+    if schedule == "none":
+        return schedule
     full = report["without_reduction"]
     return (
-        f"`{config.reduction}`; what is lost is told against fp32 without it, which has {percent(full['top1'])} "
+        f"`{schedule}`; what is lost is told against fp32 without it, which has {percent(full['top1'])} "
         f"at {full['ms_per_image']:.2f} ms an image"
     )
 

@@ -6,7 +6,7 @@ from exporters.config import ExportConfig
 from exporters.exportable import Exportable
 from exporters.images import count_images
 from exporters.recipe import check, vit_of
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
 from exporters.sources.base import WholeModel
 from exporters.vit_export import ViTExport
 from exporters.whole_export import WholeExport
@@ -22,7 +22,9 @@ def plan(config: ExportConfig) -> dict[str, str]:
     network = config.source.load()
     if config.reduction is not None:
         model = vit_of(network).model
-        apply_schedule(model, ReductionSchedule.parse(config.reduction, model.config.depth))
+        if searched(config.reduction) is None:
+            schedule = ReductionSchedule.parse(config.reduction, model.config.depth, model.config.num_patches)
+            apply_schedule(model, schedule)
     spec = network.preprocess
     exported: Exportable = WholeExport(network) if isinstance(network, WholeModel) else ViTExport(network.model, spec)
     stages = exported.stages()
@@ -37,6 +39,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
         "network": f"{network.origin}, {len(network.labels)} classes ({', '.join(network.labels[:3])}, …)",
         "pictures": f"{resized} {spec.resize}, centre {spec.crop[0]} x {spec.crop[1]}, {spec.interpolation}",
         "stages": f"{len(stages)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in stages)} billion multiply-adds",
+        "token reduction": config.reduction or "none",
         "tokens between them": ", ".join(tokens) or "none",
         "exits": "fitted" if isinstance(network, WholeModel) or network.has_exits else "heads are fitted first",
         "variants": "fp32, int8" if config.int8 else "fp32",

@@ -29,7 +29,8 @@ from exporters.model_card import model_card
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
+from exporters.schedule_search import search_schedule
 from exporters.sources.base import Network, SourceError, WholeModel
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
@@ -67,9 +68,11 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         progress.step("loading weights")
         network = config.source.load()
         spec = network.preprocess
-        full = None if config.reduction is None else _reduce(config, config.reduction, vit_of(network), build)
         progress.step("reading images")
         fitting, test, others = _images(config, network.labels, spec, progress)
+        full, schedule = None, "none"
+        if config.reduction is not None:
+            full, schedule = _reduce(config, config.reduction, vit_of(network), fitting, build, progress)
         variants = [FP32, INT8] if config.int8 else [FP32]
 
         exported = _exportable(config, network, fitting, progress)
@@ -112,7 +115,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         }
         report = _report(fitted, draft, fitting, test, others, difference, full)
         shutil.rmtree(build / FULL, ignore_errors=True)
-        provenance = _provenance(config, network, fitting, test) | {"kept_fp32": kept_fp32}
+        provenance = _provenance(config, network, fitting, test) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
         (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
         exits = {name: variant.exits for name, variant in fitted.items()}
@@ -150,12 +153,20 @@ def vit_of(network: Network | WholeModel) -> Network:
     return network
 
 
-def _reduce(config: ExportConfig, reduction: str, network: Network, build: Path) -> OrtBackend:
-    """Reduces tokens in the network; what it was before, in fp32."""
-    schedule = ReductionSchedule.parse(reduction, network.model.config.depth)
+def _reduce(
+    config: ExportConfig, reduction: str, network: Network, fitting: ImageSet, build: Path, progress: Progress
+) -> tuple[OrtBackend, str]:
+    """Reduces tokens in the network; what it was before, in fp32, and the schedule in words."""
+    model, wanted = network.model, searched(reduction)
+    if wanted is None:
+        schedule, text = ReductionSchedule.parse(reduction, model.config.depth, model.config.num_patches), reduction
+    else:
+        schedule = search_schedule(model, fitting.pixels, network.preprocess, *wanted, config.search, progress)
+        text = str(schedule)
+        progress.step(f"token reduction {text}")
     full = _unreduced(config, network, build)
-    apply_schedule(network.model, schedule)
-    return full
+    apply_schedule(model, schedule)
+    return full, text
 
 
 def _exportable(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, progress: Progress) -> Exportable:
@@ -297,7 +308,6 @@ def _provenance(config: ExportConfig, network: Network | WholeModel, fitting: Im
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "origin": network.origin,
-        "token_reduction": config.reduction or "none",
         "weights_sha256": network.weights_sha256,
         "fitting_images_sha256": fitting.sha256,
         "test_images_sha256": test.sha256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from models.multi_exit import MultiExitViT
@@ -25,8 +26,10 @@ class ReductionSchedule:
     up_to: bool = False
 
     @classmethod
-    def parse(cls, text: str, depth: int) -> ReductionSchedule:
-        """`METHOD:R` in every block, `METHOD:RxN` in the last N, or `METHOD:R,R,…` block by block.
+    def parse(cls, text: str, depth: int, num_patches: int) -> ReductionSchedule:
+        """`METHOD:R` in every block, `METHOD:RxN` in the last N, `METHOD:R,R,…` block by block, `METHOD:0.7@4,7,10`.
+
+        The last keeps that share of the patches in the 4th, 7th and 10th block, as EViT, DynamicViT and IA-RED2 do.
 
         Raises:
             ScheduleError: it is none of these, or of another depth.
@@ -35,7 +38,9 @@ class ReductionSchedule:
         if method not in METHODS:
             raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join(METHODS)}")
         try:
-            if "x" in amounts:
+            if "@" in amounts:
+                removed = _at_blocks(method, amounts, depth, num_patches)
+            elif "x" in amounts:
                 amount, last = (int(part) for part in amounts.split("x"))
                 removed = (0,) * (depth - last) + (amount,) * last
             else:
@@ -43,13 +48,53 @@ class ReductionSchedule:
                 removed = removed * depth if len(removed) == 1 else removed
             by_block = "," in amounts
         except ValueError as error:
-            raise ScheduleError(f"{text!r} is no schedule: say METHOD:13, METHOD:20x9 or METHOD:0,0,8,…") from error
+            raise ScheduleError(
+                f"{text!r} is no schedule: say METHOD:13, METHOD:20x9, METHOD:0,0,8,…, METHOD:0.7@4,7,10 or METHOD:55%"
+            ) from error
         if len(removed) != depth or min(removed) < 0:
             raise ScheduleError(f"{text!r} is no schedule for {depth} blocks")
         return cls(method, removed, up_to=not by_block)
 
     def __str__(self) -> str:
         return f"{self.method}:{','.join(map(str, self.removed))}"
+
+
+def searched(text: str) -> tuple[str, float] | None:
+    """Method and share of the multiply-adds of `METHOD:55%`, which says what is to be left and not where; None of others.
+
+    Raises:
+        ScheduleError: it is no share.
+    """
+    method, _, amount = text.partition(":")
+    if not amount.endswith("%"):
+        return None
+    try:
+        share = float(amount.removesuffix("%")) / 100
+    except ValueError as error:
+        raise ScheduleError(f"{amount!r} is no share: say METHOD:55%") from error
+    if method not in METHODS or not 0 < share < 1:
+        raise ScheduleError(f"{text!r}: methods are {', '.join(METHODS)}, shares are between 0 and 100 %")
+    return method, share
+
+
+def _at_blocks(method: str, amounts: str, depth: int, num_patches: int) -> tuple[int, ...]:
+    share, _, numbers = amounts.partition("@")
+    removed, count = [0] * depth, num_patches
+    for number in sorted(int(part) for part in numbers.split(",")):
+        if not 1 <= number <= depth or not 0 < float(share) <= 1:
+            raise ValueError(amounts)
+        # EViT keeps the share, and one token more in which the others are fused.
+        kept = min(count, math.ceil(float(share) * count) + (method == "evit"))
+        removed[number - 1], count = count - kept, kept
+    return tuple(removed)
+
+
+def clear_schedule(model: MultiExitViT) -> None:
+    """All tokens in every block."""
+    for stage in model.stages:
+        for block in stage.blocks:  # type: ignore[union-attr]  # ModuleLists
+            if isinstance(block, Block):
+                block.reduction = None
 
 
 def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:

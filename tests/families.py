@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,19 +77,28 @@ def write_family(folder: Path, name: str, *, seed: int = 0) -> Path:
     told.architectures = [type(told).__name__.replace("Config", "ForImageClassification")]
     model = getattr(t, told.architectures[0])(told)
     t.logging.disable_progress_bar()
-    with torch.no_grad():  # as if trained: answers that differ from picture to picture
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
-            if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
-                module.weight.fill_(1)
-                module.reset_running_stats()
-                module.momentum = None  # the mean of all batches
-        model.train()
-        size = processor()(torch.zeros(3, 300, 300).numpy(), return_tensors="pt")["pixel_values"].shape[-2:]
-        for _ in range(4):
-            model(pixel_values=torch.randn(8, 3, *size))
-        model.eval()
+    size = processor()(torch.zeros(3, 300, 300).numpy(), return_tensors="pt")["pixel_values"].shape[-2:]
+    as_if_trained(model, lambda: model(pixel_values=torch.randn(8, 3, *size)))
     model.save_pretrained(folder / name)
     processor().save_pretrained(folder / name)
     return folder / name
+
+
+@torch.no_grad()
+def as_if_trained(model: torch.nn.Module, run: Callable[[], object]) -> None:
+    """Weights of the spread, and batch norms with the statistics, that give answers which differ from picture to picture.
+
+    Args:
+        run: some pictures through the network.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            module.weight.fill_(1)
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all batches
+    model.train()
+    for _ in range(4):
+        run()
+    model.eval()

@@ -37,8 +37,8 @@ class StudentConfig(RunConfig):
     """The network with exits: Muon for kernels and the blocks' matrices, AdamW for the rest."""
 
     model: str = "vit_cifar10"
-    first_stage_epochs: int = 10  # before all others, of the first stage alone, in a cycle of its own
-    epochs: int = 14
+    first_stage_epochs: int = 8  # before all others, of the first stage alone, in a cycle of its own
+    epochs: int = 16
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,16 @@ def test_a_reduced_network_is_published_and_told_against_the_network_as_it_came(
     report, full = (json.loads((path / "report.json").read_text()) for path in (directory, plain))
     assert report["without_reduction"]["top1"] == full["variants"]["fp32"]["top1_by_exit"][-1]
     assert "`tome:4,3,2,0,1,0`" in (directory / "MODEL_CARD.md").read_text()
+
+
+def test_a_searched_schedule_is_named_in_the_card(inputs: Path, tmp_path: Path) -> None:
+    """What was asked for is a share; what was found is what can be said again."""
+    directory = recipe.run(replace(make_config(inputs, tmp_path), reduction="tome:80%", int8=False))
+
+    manifest = ModelManifest.load(directory)
+    found = manifest.provenance["token_reduction"]
+    assert re.fullmatch(r"tome:\d+(,\d+){5}", found)
+    assert f"`{found}`" in (directory / "MODEL_CARD.md").read_text()
 
 
 def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_path: Path) -> None:

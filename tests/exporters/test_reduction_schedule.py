@@ -4,34 +4,55 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, clear_schedule, searched
 from models.zoo import create_model
 
 
 @pytest.mark.parametrize(
     ("text", "removed"),
-    [("tome:3", (3,) * 6), ("tome:4x2", (0, 0, 0, 0, 4, 4)), ("evit:0,0,1,2,3,0", (0, 0, 1, 2, 3, 0))],
-    ids=["constant", "late", "block by block"],
+    [
+        ("tome:3", (3,) * 6),
+        ("tome:4x2", (0, 0, 0, 0, 4, 4)),
+        ("evit:0,0,1,2,3,0", (0, 0, 1, 2, 3, 0)),
+        ("evit:0.5@2,4", (0, 7, 0, 3, 0, 0)),  # 16 -> 8 and one of the rest -> 5 and one
+        ("top_k_attention:0.5@4,2", (0, 8, 0, 4, 0, 0)),
+    ],
+    ids=["constant", "late", "block by block", "shares, the rest fused", "shares"],
 )
 def test_a_text_becomes_an_amount_for_every_block(text: str, removed: tuple[int, ...]) -> None:
     """And back into a text that says the same."""
-    schedule = ReductionSchedule.parse(text, 6)
+    schedule = ReductionSchedule.parse(text, 6, 16)
 
     assert schedule.removed == removed
-    assert ReductionSchedule.parse(str(schedule), 6).removed == removed
+    assert ReductionSchedule.parse(str(schedule), 6, 16).removed == removed
 
 
-@pytest.mark.parametrize("text", ["magic:3", "tome", "tome:", "tome:a", "tome:1,2", "tome:3x9", "tome:-1", "tome:1x2x3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "magic:3",
+        "tome",
+        "tome:",
+        "tome:a",
+        "tome:1,2",
+        "tome:3x9",
+        "tome:-1",
+        "tome:1x2x3",
+        "evit:0.5@7",
+        "evit:2@1",
+        "evit:@1",
+    ],
+)
 def test_anything_else_is_refused(text: str) -> None:
     """With what could be said instead."""
     with pytest.raises(ScheduleError, match=r"magic|METHOD:13|no schedule for 6 blocks"):
-        ReductionSchedule.parse(text, 6)
+        ReductionSchedule.parse(text, 6, 16)
 
 
 def test_every_block_knows_how_many_tokens_are_left() -> None:
     """16 patches, 3 fewer in the last two blocks."""
     model = create_model("test_vit")
-    apply_schedule(model, ReductionSchedule.parse("tome:3x2", 6))
+    apply_schedule(model, ReductionSchedule.parse("tome:3x2", 6, 16))
 
     reductions = [block.reduction for stage in model.stages for block in stage.blocks]
     assert reductions[:4] == [None] * 4
@@ -49,13 +70,30 @@ def test_every_block_knows_how_many_tokens_are_left() -> None:
 def test_what_a_network_cannot_follow_is_refused(name: str, text: str, words: str) -> None:
     """Before anything is exported."""
     with pytest.raises(ScheduleError, match=words):
-        apply_schedule(create_model(name), ReductionSchedule.parse(text, 6))
+        apply_schedule(create_model(name), ReductionSchedule.parse(text, 6, 16))
 
 
 def test_merging_gives_what_it_can_where_no_block_was_named() -> None:
     """At most half of the tokens at once: 16, 8, 4, 2, 1, 1."""
     model = create_model("test_vit")
-    apply_schedule(model, ReductionSchedule.parse("tome:8", 6))
+    apply_schedule(model, ReductionSchedule.parse("tome:8", 6, 16))
 
     kept = [block.reduction.keep for stage in model.stages for block in stage.blocks if block.reduction is not None]
     assert kept == [8, 4, 2, 1]
+
+
+def test_a_share_of_the_multiply_adds_is_to_be_searched() -> None:
+    """Everything else is a schedule; what is no share of a known method is neither."""
+    assert searched("tome:55%") == ("tome", 0.55)
+    assert searched("tome:13") is None
+    for text in ("tome:a%", "tome:0%", "tome:100%", "magic:50%"):
+        with pytest.raises(ScheduleError, match=r"shares are between|is no share"):
+            searched(text)
+
+
+def test_a_cleared_network_has_all_its_tokens() -> None:
+    """As it came."""
+    model = create_model("test_vit")
+    apply_schedule(model, ReductionSchedule.parse("tome:3", 6, 16))
+    clear_schedule(model)
+    assert {block.reduction for stage in model.stages for block in stage.blocks} == {None}
