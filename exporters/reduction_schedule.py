@@ -103,6 +103,8 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
     Raises:
         ScheduleError: a block would be left with too few, or the method cannot work in this network.
     """
+    if model.config.attention != "softmax":
+        raise ScheduleError(f"token reduction needs softmax attention, and the network has {model.config.attention}")
     count, num_prefix = model.config.num_patches, model.config.num_prefix_tokens
     merges = schedule.method == "tome"
     blocks = [block for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]  # ModuleLists

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from exporters.vit_graph import TokenCount, sizes_name, tokens_name
+from exporters.vit_graph import TokenCount, asks_for_prefix_only, sizes_name, tokens_name
+from models.efficient_attention import PINV_ROUNDS
 from models.manifest import BATCH, LOGITS, PreprocessSpec, StageSpec, TensorSpec
 from models.multi_exit import MultiExitViT, Stage
 from models.vit import Block, ViTConfig
@@ -64,13 +65,29 @@ def stage_macs(stage: Stage, config: ViTConfig, count: int, *, last: bool) -> in
     if stage.embedding is not None:
         macs += _stem_macs(config)
     for number, block in enumerate(blocks_of(stage)):
-        prefix_only = last and number == len(stage.blocks) - 1 and num_prefix > 0
+        prefix_only = last and number == len(stage.blocks) - 1 and asks_for_prefix_only(config)
         asking = num_prefix if prefix_only else count
-        macs += 2 * count * config.width**2 + asking * (2 * config.width**2 + 2 * count * config.width)
+        macs += 2 * count * config.width**2 + asking * 2 * config.width**2 + _gather_macs(config, asking, count)
         if block.reduction is not None and not prefix_only:
             asking = count = num_prefix + block.reduction.keep
         macs += asking * 2 * config.width * config.hidden
     return macs
+
+
+def _gather_macs(config: ViTConfig, asking: int, count: int) -> int:
+    """The products inside attention: of all pairs of tokens, or of the efficient kinds' matrices."""
+    rank, width = config.attention_rank, config.width
+    match config.attention:
+        case "softmax":
+            return 2 * asking * count * width
+        case "linformer":  # keys and values mixed, then looked at
+            return 2 * rank * count * width + 2 * asking * rank * width
+        case "performer":  # features of queries and keys, keys with values, queries with that and with the sum
+            return 2 * rank * width * (asking + count) + asking * rank * config.num_heads
+        case "nystromformer":
+            heads = config.num_heads
+            landmarks, between = 2 * rank * count * width, 3 * rank * count * width + rank**2 * width
+            return landmarks + between + 4 * PINV_ROUNDS * heads * rank**3 + rank**2 * width + asking * rank * width
 
 
 def _stem_macs(config: ViTConfig) -> int:

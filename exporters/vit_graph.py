@@ -18,6 +18,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from app.types import Array
+from exporters.attention_graph import gather_tokens
 from exporters.graph_writer import (
     UINT8_MAX,
     ActivationRange,
@@ -94,7 +95,7 @@ def stage_graph(
         if not isinstance(block, Block):
             raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
         # Behind the last block only the heads look, and they see the tokens in front.
-        prefix_only = last and number == len(stage.blocks) - 1 and config.num_prefix_tokens > 0
+        prefix_only = last and number == len(stage.blocks) - 1 and asks_for_prefix_only(config)
         tokens = graph.block(block, f"blocks.{number}", tokens, config, prefix_only=prefix_only)
     graph.node("Identity", graph.head(stage.head, tokens.x), output=LOGITS)
     outputs: list[tuple[str, Shape]] = [(LOGITS, (BATCH, config.num_classes))]
@@ -105,6 +106,11 @@ def stage_graph(
             graph.node("Identity", tokens.sizes, output=sizes_name(index))
             outputs.append((sizes_name(index), (BATCH, leaving.count, 1)))
     return graph.model(inputs, outputs)
+
+
+def asks_for_prefix_only(config: ViTConfig) -> bool:
+    """Whether the last block answers the tokens in front of the patches alone; Nyströmformer's landmarks need all queries."""
+    return config.num_prefix_tokens > 0 and config.attention != "nystromformer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +249,17 @@ class _VitGraph(GraphWriter):
             self.node("Transpose", self.node("Reshape", names[part], shape), perm=perm)
             for part, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
         )
-        weights = self.node("MatMul", q, k)  # (B, heads, N or P, N)
-        if tokens.sizes:  # proportional attention: + log(size) of what is looked at
-            looked_at = self.node("Transpose", self.node("Log", tokens.sizes), perm=[0, 2, 1])  # (B, 1, N)
-            weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
-        weights = self.node("Softmax", weights, axis=-1)
-        mixed = self.node("Transpose", self.node("MatMul", weights, v), perm=[0, 2, 1, 3])
+        weights = ""
+        if module.attn.gather is not None:
+            mixed = gather_tokens(self, f"{name}.gather", module.attn.gather, q, k, v)
+        else:
+            weights = self.node("MatMul", q, k)  # (B, heads, N or P, N)
+            if tokens.sizes:  # proportional attention: + log(size) of what is looked at
+                looked_at = self.node("Transpose", self.node("Log", tokens.sizes), perm=[0, 2, 1])  # (B, 1, N)
+                weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
+            weights = self.node("Softmax", weights, axis=-1)
+            mixed = self.node("MatMul", weights, v)
+        mixed = self.node("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 

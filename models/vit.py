@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
+from models.efficient_attention import GATHERS
 from models.token_reduction import TokenReduction
 
 LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
@@ -41,8 +42,12 @@ class ViTConfig:
     pooling: Literal["cls", "cls_dist", "mean"] = "cls"
     norm_eps: float = LAYER_NORM_EPS
     stem: tuple[tuple[int, int], ...] = ()  # (channels, stride) of each 3 x 3 convolution; none: one projection per patch
+    attention: Literal["softmax", "linformer", "performer", "nystromformer"] = "softmax"
+    attention_rank: int = 0  # of the last three: how many mixtures, features or landmarks
 
     def __post_init__(self) -> None:
+        if (self.attention == "softmax") != (self.attention_rank == 0):
+            raise ValueError(f"attention_rank {self.attention_rank} does not go with {self.attention} attention")
         strides = math.prod(stride for _, stride in self.stem)
         if self.stem and (self.stem[-1][0] != self.width or strides != self.patch_size):
             raise ValueError(
@@ -101,15 +106,19 @@ class ConvStem(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B, N, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        width, num_heads = config.width, config.num_heads
         if width % num_heads:
             raise ValueError(f"width {width} cannot be split into {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.gather: nn.Module | None = None  # softmax attention, written out below
+        if config.attention != "softmax":
+            self.gather = GATHERS[config.attention](config.num_tokens, width // num_heads, config.attention_rank)
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Attend.
 
         Args:
@@ -118,11 +127,15 @@ class Attention(nn.Module):
                 (proportional attention: Bolya et al., Token Merging, ICLR 2023). None: one each.
 
         Returns:
-            What was gathered (B, N, D), the weights (B, heads, N, N), and the keys' mean over the heads (B, N, d).
+            What was gathered (B, N, D), the weights (B, heads, N, N), None where the attention is no softmax over all
+            tokens, and the keys' mean over the heads (B, N, d).
         """
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        if self.gather is not None:
+            gathered = self.gather(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+            return self.proj(gathered), None, k.mean(dim=1)
         # Written out: at 64 tokens, forward and backward on a CPU in bf16, torch's fused kernel takes four times as long.
         weights = (q * (width // self.num_heads) ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
         if sizes is not None:
@@ -150,7 +163,7 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attn = Attention(config.width, config.num_heads)
+        self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden)
         self.reduction: TokenReduction | None = None  # no weights of its own: set by whoever wants it
@@ -160,6 +173,8 @@ class Block(nn.Module):
         gathered, weights, keys = self.attn(self.norm1(x), sizes)
         x = x + gathered
         if self.reduction is not None:
+            if weights is None:
+                raise ValueError("token reduction needs softmax attention")
             known = torch.ones_like(x[..., :1]) if sizes is None else sizes
             x, known = self.reduction(x, known, weights, keys)
             sizes = known if self.reduction.tracks_sizes else None

@@ -14,12 +14,16 @@ from exporters.calibration import collect_ranges, outlier_channels, spread
 from exporters.config import CalibrationConfig
 from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule
 from exporters.staging import stage_specs, token_counts
 from exporters.validation import normalised
 from exporters.vit_graph import stage_graph
+from exporters.whole_graph import multiply_adds
+from models.efficient_attention import GATHERS
 from models.manifest import LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
+from models.vit import ViTConfig
 from models.zoo import ZOO, create_model
 
 
@@ -277,3 +281,36 @@ def test_outliers_are_as_few_as_make_the_range_much_smaller() -> None:
     assert outlier_channels(np.array([7, 8, 9, 2.0]), config) == ()
     assert outlier_channels(np.array([3, 2, 2, 2.0]), config) == ()
     assert outlier_channels(np.array([3.0]), config) == ()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("kind", sorted(GATHERS))
+def test_efficient_attention_equals_pytorch_and_costs_what_is_told(kind: str, pooling: str) -> None:
+    """At several batch sizes, in fp32, and near it in INT8; multiply-adds are those of the graph."""
+    torch.manual_seed(0)
+    config = ViTConfig(32, 4, 32, 3, 4, 5, mlp_ratio=2.0, pooling=pooling, attention=kind, attention_rank=6)  # type: ignore[arg-type]
+    model, spec = MultiExitViT(config, (1, 3)).eval(), ZOO["test_vit"].preprocess
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.2)
+    pixels = np.resize(golden_images(spec), (5, 32, 32, 3))
+    with torch.no_grad():
+        expected = [logits.numpy() for logits in model(normalised(pixels, spec))]
+
+    stages = graphs(model, spec)
+
+    for size in (1, 5):
+        for mine, theirs in zip(run_chain(stages, pixels[:size]), expected, strict=True):
+            np.testing.assert_allclose(mine, theirs[:size], atol=1e-3)
+    told = [stage.gmacs for stage in stage_specs(model, spec)]
+    assert told[0] == pytest.approx(multiply_adds(stages[0]) / 1e9, rel=1e-6)
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8 = run_chain(graphs(model, spec, ranges=ranges), pixels)[-1]
+    assert 0 < np.abs(int8 - expected[-1]).max() < 0.3 * np.ptp(expected[-1])
+
+
+def test_token_reduction_needs_softmax_attention() -> None:
+    """There are no weights of all pairs to score by."""
+    config = ViTConfig(32, 4, 32, 3, 4, 5, mlp_ratio=2.0, attention="performer", attention_rank=6)
+    with pytest.raises(ScheduleError, match="the network has performer"):
+        apply_schedule(MultiExitViT(config, (3,)), ReductionSchedule.parse("tome:3", 3, 64))

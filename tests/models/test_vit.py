@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ CONFIG = ViTConfig(image_size=32, patch_size=8, width=48, depth=2, num_heads=3, 
 def test_attention_follows_the_formula() -> None:
     """softmax(q k^T / sqrt(d)) v per head, written out by loops."""
     torch.manual_seed(0)
-    attention = Attention(width=12, num_heads=3)
+    attention = Attention(replace(CONFIG, width=12, num_heads=3))
     x = torch.randn(2, 5, 12)
     q, k, v = attention.qkv(x).split(12, dim=-1)
 
@@ -32,7 +33,7 @@ def test_attention_follows_the_formula() -> None:
 def test_width_that_heads_do_not_divide_is_refused() -> None:
     """A silent remainder would drop features."""
     with pytest.raises(ValueError, match="width 10 cannot be split into 3 heads"):
-        Attention(width=10, num_heads=3)
+        Attention(replace(CONFIG, width=10, num_heads=3))
 
 
 def test_block_is_two_residual_branches() -> None:
