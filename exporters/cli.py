@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.errors import ServiceError
@@ -27,14 +28,17 @@ from exporters.sources.onnx_file import OnnxSource
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
+from exporters.whole_graph import GraphError
 from models.weights import WeightsError
 from models.zoo import ZOO
 
 # What its user can mend: told in a line, and nothing is published.
 UNUSABLE = (
     AlreadyPublished,
+    GraphError,
     ImageSetError,
     ScheduleError,
+    ServiceError,  # what is exported is loaded as the service would
     SourceError,
     ValidationError,
     WeightsError,
@@ -92,9 +96,16 @@ def export(
     training: Annotated[str, typer.Option(help="A sentence on the training, for the model card.")] = "not stated",
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
 ) -> None:
-    """Export a network, stage by stage, in fp32 and INT8, with fitted exits: one of the zoo, or a ViT as timm keeps it."""
+    """Make a published version, fp32 and INT8: of a ViT in stages with exits, of any other classifier in one piece."""
     console = Console()
     try:
+        named = {"--weights": weights, "--checkpoint": checkpoint, "--onnx": onnx}
+        if len(given := [option for option, value in named.items() if value is not None]) > 1:
+            raise SourceError(f"say one of {' and '.join(given)}")
+        if onnx is None and preprocessor is not None:
+            raise SourceError("--preprocessor goes with --onnx; other checkpoints have their own")
+        if onnx is not None and (boundaries is not None or timm_config is not None):
+            raise SourceError("an ONNX file is exported in one piece: --boundaries and --timm-config do not go with --onnx")
         if onnx is None:
             source, names = _source(model, weights, timm_config, labels, checkpoint, _numbers(boundaries))
         else:
@@ -143,7 +154,7 @@ def export(
         with ConsoleProgress.on(console) as progress:
             directory = run(config, progress)
     except UNUSABLE as error:
-        console.print(f"[red]{error}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
     print_tables(console, from_report(directory))
     console.print(f"published {directory}", soft_wrap=True)
@@ -152,7 +163,7 @@ def export(
 def _print_plan(console: Console, told: dict[str, str]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in told.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console.print(table)
     console.print("nothing was written: --dry-run")
 
@@ -235,7 +246,7 @@ def evaluate(
         with ConsoleProgress.on(console) as progress:
             found = remeasure(repository, model, version, images, classes=mapping, folders=names, progress=progress)
     except (ImageSetError, ServiceError, json.JSONDecodeError) as error:
-        console.print(f"[red]{error}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
     print_tables(console, found)
     if diagram is not None:

@@ -18,7 +18,7 @@ MICROSOFT_OPSET = 1
 IR_VERSION = 9  # of opset 20
 INT8_MAX = 127  # symmetric weights: -127 .. 127
 UINT8_MAX = 255
-SMALLEST_SCALE = 1e-20  # of activations: times a weight's it is still a float32
+SMALLEST_SCALE = 1e-18  # of activations and of weights: their product is still a float32
 
 LOW, HIGH = ".low", ".high"  # behind a layer's name: the extremes that calibration wants
 
@@ -47,24 +47,31 @@ class ActivationRange:
         return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, UINT8_MAX))
 
 
-def symmetric_int8(weight: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
+def symmetric_int8(weight: Array, axis: int | tuple[int, ...], *, at_least: Array | None = None) -> tuple[Array, Array]:
     """Weights in -127 .. 127, and the scale of each channel.
 
     Args:
         axis: over which a channel goes.
+        at_least: no channel's scale is smaller, (channels,); see `bias_scale`.
 
     Returns:
         int8, in the shape of `weight`; float32 (channels,).
     """
     largest = np.abs(weight).max(axis=axis, keepdims=True)
-    scale = np.where(largest > 0, largest / INT8_MAX, 1).astype(np.float32)
+    smallest = np.float64(SMALLEST_SCALE) if at_least is None else np.maximum(at_least, SMALLEST_SCALE).reshape(largest.shape)
+    scale = np.maximum(largest / INT8_MAX, smallest).astype(np.float32)
     return np.clip(np.rint(weight / scale), -INT8_MAX, INT8_MAX).astype(np.int8), scale.reshape(-1)
+
+
+def bias_scale(bias: Array, input_scale: np.float32) -> Array:
+    """The smallest scale of a channel's weights with which its bias is an int32: a channel may be its bias alone."""
+    smallest: Array = np.abs(bias.astype(np.float64)) / (float(input_scale) * (2**31 - 2**8))
+    return smallest
 
 
 def quantized_bias(bias: Array, scale: Array) -> Array:
     """int32, in units of scale (of what goes in, times that of the channel's weights)."""
-    limit = np.iinfo(np.int32).max
-    return np.clip(np.rint(bias.astype(np.float64) / scale), -limit, limit).astype(np.int32)
+    return np.rint(bias.astype(np.float64) / scale).astype(np.int32)
 
 
 class GraphWriter:

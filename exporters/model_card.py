@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exporters.config import ExportConfig
-from models.manifest import ModelManifest
+from models.manifest import ModelManifest, PreprocessSpec
 
 NO_LABELS = """**The images had no labels.** What is called accuracy here is agreement with the network's own answer, in fp32,
 at its last exit and without token reduction.
 
 """
+
+NAMED_CLASSES = 20
 
 
 def model_card(
@@ -69,7 +71,7 @@ def model_card(
     last, figures = list(variants.items())[-1]
     return f"""# {manifest.name}, version {manifest.version}
 
-{len(stages)} stages with an exit after each, {len(labels)} classes: {", ".join(labels)}.
+{_stages(len(stages))}, {_classes(labels)}.
 
 - **Data:** {config.data}
 - **Training:** {config.training}
@@ -106,10 +108,24 @@ of one thread at batch 8, survivors batched anew, on the machine that exported (
 By class ({last}, exits on): {by_class(figures, labels)}. The most frequent mistakes: {mistakes(figures, labels)}.
 
 It knows its classes and nothing else: a picture of anything else is still put into one of them, sometimes with
-confidence. It looks at the central square of a picture only, scaled to {manifest.preprocess.crop[0]} x
-{manifest.preprocess.crop[1]} pixels. INT8 ranges and exits were fitted on the same images, so the loss allowed there is a
-little optimistic; the tables above are not: their images took no part in it.
+confidence. It looks at {_looks_at(manifest.preprocess)}. INT8 ranges
+and exits were fitted on the same images, so the loss allowed there is a little optimistic; the tables above are not: their
+images took no part in it.
 """
+
+
+def _stages(count: int) -> str:
+    return "One stage" if count == 1 else f"{count} stages with an exit after each"
+
+
+def _classes(labels: Sequence[str]) -> str:
+    more = "" if len(labels) <= NAMED_CLASSES else ", …"
+    return f"{len(labels)} classes: {', '.join(labels[:NAMED_CLASSES])}{more}"
+
+
+def _looks_at(spec: PreprocessSpec) -> str:
+    resized = f"made {spec.resize} pixels square" if spec.squash else f"with its shorter side made {spec.resize} pixels"
+    return f"a picture {resized}, of which the central {spec.crop[0]} x {spec.crop[1]} count"
 
 
 def _reduction(schedule: str, report: Mapping[str, Any]) -> str:

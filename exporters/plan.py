@@ -6,7 +6,7 @@ from exporters.config import ExportConfig
 from exporters.exportable import Exportable
 from exporters.images import count_images
 from exporters.recipe import check, vit_of
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, searched
 from exporters.sources.base import WholeModel
 from exporters.vit_export import ViTExport
 from exporters.whole_export import WholeExport
@@ -22,7 +22,9 @@ def plan(config: ExportConfig) -> dict[str, str]:
     network = config.source.load()
     if config.reduction is not None:
         model = vit_of(network).model
-        if searched(config.reduction) is None:
+        if (wanted := searched(config.reduction)) is not None:
+            check_method(model, wanted[0])
+        else:
             schedule = ReductionSchedule.parse(config.reduction, model.config.depth, model.config.num_patches)
             apply_schedule(model, schedule)
     spec = network.preprocess

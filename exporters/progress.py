@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -44,11 +45,11 @@ class ConsoleProgress(Progress):
 
     def step(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(f"· {text}", soft_wrap=True)
+        self._console.print(f"· {escape(text)}", soft_wrap=True, highlight=False)
 
     def track(self, items: Sequence[T], what: str) -> Iterator[T]:
         """A bar that goes when all are done."""
-        task = self._bars.add_task(what, total=len(items))
+        task = self._bars.add_task(escape(what), total=len(items))
         try:
             for item in items:
                 yield item

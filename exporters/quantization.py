@@ -15,11 +15,24 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from app.types import Array
-from exporters.graph_writer import HIGH, LOW, ActivationRange, Quantization, quantized_bias, symmetric_int8
-from exporters.whole_graph import constants, wanted_nodes
+from exporters.graph_writer import HIGH, LOW, ActivationRange, Quantization, bias_scale, quantized_bias, symmetric_int8
+from exporters.whole_graph import OWN, constants, names_used, wanted_nodes
 
 MICROSOFT = "com.microsoft"
 AXES_AS_INPUT = 18  # opset from which ReduceMin and ReduceMax take their axes as a tensor
+BEHIND_CLASSIFIERS = {
+    "Add",
+    "Div",
+    "Flatten",
+    "GlobalAveragePool",
+    "Identity",
+    "Mul",
+    "ReduceMean",
+    "Relu",  # SqueezeNet has one there
+    "Reshape",
+    "Squeeze",
+    "Sub",
+}
 INPUT, OUTPUT = ":input", ":output"  # behind a convolution's name: it has two ranges
 
 
@@ -44,14 +57,13 @@ class Layer:
 
 
 def layers_of(model: ModelProto) -> list[Layer]:
-    """All that can be INT8, in their order; the last linear layer, which classifies, is left out."""
+    """All that can be INT8, in their order; what classifies is left out."""
     weights, consumers = constants(model), _consumers(model)
-    outputs = {value.name for value in model.graph.output}
 
     def behind(node: NodeProto) -> NodeProto | None:
-        """What alone takes the result."""
+        """What alone takes the result; whatever gives an output of the graph is left out below."""
         takers = consumers.get(node.output[0], [])
-        return takers[0] if len(takers) == 1 and node.output[0] not in outputs else None
+        return takers[0] if len(takers) == 1 else None
 
     found = []
     for node in model.graph.node:
@@ -60,8 +72,24 @@ def layers_of(model: ModelProto) -> list[Layer]:
         layer = _linear(node, weights, behind(node)) if node.op_type != "Conv" else _convolution(node, weights, behind(node))
         if layer is not None:
             found.append(layer)
-    last = max((index for index, layer in enumerate(found) if layer.kind == "linear"), default=None)
-    return [layer for index, layer in enumerate(found) if index != last]
+    last = _classifiers(model)
+    return [layer for layer in found if layer.name not in last]
+
+
+def _classifiers(model: ModelProto) -> set[str]:
+    """What nothing but sums, means and shapes separates from the output: it is tiny, and confidences come from it."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    waiting, found, seen = [value.name for value in model.graph.output], set(), set()
+    while waiting:
+        node = makers.get(name := waiting.pop())
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if node.op_type in {"MatMul", "Gemm", "Conv"}:
+            found.add(node.name)
+        elif node.op_type in BEHIND_CLASSIFIERS:
+            waiting += node.input
+    return found
 
 
 def exposed(model: ModelProto, layers: Sequence[Layer]) -> ModelProto:
@@ -133,18 +161,18 @@ class _Rewriter:
             "",  # weights are symmetric
             self._weight(f"{name}.bias", layer.bias),
         ]
-        product = f"{name}.product" if outliers else layer.output
+        product = f"{OWN}{name}.product" if outliers else layer.output
         self._node("MatMulIntegerToFloat", inputs, product, domain=MICROSOFT)
         if outliers:
             chosen = self._weight(f"{name}.outliers", np.array(outliers))
-            taken = self._node("Gather", [layer.source, chosen], f"{name}.taken", axis=-1)
+            taken = self._node("Gather", [layer.source, chosen], f"{OWN}{name}.taken", axis=-1)
             apart = self._weight(f"{name}.weight_of_outliers", layer.weight[outliers])
-            self._node("Add", [product, self._node("MatMul", [taken, apart], f"{name}.apart")], layer.output)
+            self._node("Add", [product, self._node("MatMul", [taken, apart], f"{OWN}{name}.apart")], layer.output)
 
     def convolution(self, layer: Layer, taken: ActivationRange, given: ActivationRange) -> None:
         """Bytes to bytes, and floats again for whoever wants them."""
         name, before, after = layer.name, taken.scale_and_zero_point(), given.scale_and_zero_point()
-        integers, scale = symmetric_int8(layer.weight, axis=(1, 2, 3))
+        integers, scale = symmetric_int8(layer.weight, axis=(1, 2, 3), at_least=bias_scale(layer.bias, before[0]))
         inputs = [
             self._bytes(layer.source, before),
             self._scale(before),
@@ -157,7 +185,7 @@ class _Rewriter:
             self._weight(f"{name}.bias", quantized_bias(layer.bias, before[0] * scale)),
         ]
         attributes = {each.name: helper.get_attribute_value(each) for each in layer.node.attribute}
-        result = self._node("QLinearConv", inputs, f"{layer.output}.bytes", **attributes)
+        result = self._node("QLinearConv", inputs, f"{OWN}{layer.output}.bytes", **attributes)
         self.as_bytes[layer.output, float(after[0]), int(after[1])] = result
         self._node("DequantizeLinear", [result, self._scale(after), self._zero_point(after)], layer.output)
 
@@ -180,7 +208,7 @@ class _Rewriter:
         key = tensor, float(known[0]), int(known[1])
         if key not in self.as_bytes:
             inputs = [tensor, self._scale(known), self._zero_point(known)]
-            self.as_bytes[key] = self._node("QuantizeLinear", inputs, f"{tensor}.bytes_{len(self.as_bytes)}")
+            self.as_bytes[key] = self._node("QuantizeLinear", inputs, f"{OWN}{tensor}.bytes_{len(self.as_bytes)}")
         return self.as_bytes[key]
 
     def _scale(self, known: Quantization) -> str:
@@ -190,8 +218,8 @@ class _Rewriter:
         return self._weight(f"zero_point_{int(known[1])}", np.array(known[1], dtype=np.uint8))
 
     def _weight(self, name: str, value: Array) -> str:
-        self.weights[name] = value
-        return name
+        self.weights[OWN + name] = value
+        return OWN + name
 
     def _node(self, kind: str, inputs: Sequence[str], output: str, *, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, [*inputs], [output], name=f"{output}.{kind}", domain=domain, **attributes))
@@ -237,7 +265,7 @@ def _convolution(node: NodeProto, weights: Mapping[str, Array], behind: NodeProt
 def _expose(graph: ModelProto, name: str, tensor: str, num_channels: int) -> None:
     """Extremes of each channel of the last axis, (C,), or of all, (1,)."""
     version = next(opset.version for opset in graph.opset_import if opset.domain in {"", "ai.onnx"})
-    shape, axes, rows = f"{name}.rows_shape", f"{name}.rows_axes", f"{name}.rows"
+    shape, axes, rows = f"{OWN}{name}.rows_shape", f"{OWN}{name}.rows_axes", f"{OWN}{name}.rows"
     graph.graph.initializer.append(numpy_helper.from_array(np.array([-1, num_channels]), shape))
     graph.graph.node.append(helper.make_node("Reshape", [tensor, shape], [rows]))
     if version >= AXES_AS_INPUT:
@@ -254,6 +282,6 @@ def _expose(graph: ModelProto, name: str, tensor: str, num_channels: int) -> Non
 def _consumers(model: ModelProto) -> dict[str, list[NodeProto]]:
     found: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
-        for name in node.input:
+        for name in set(names_used(node)):
             found.setdefault(name, []).append(node)
     return found

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -91,7 +92,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         draft = _manifest(config, stages, spec, build, {name: _no_exits(stages) for name in variants}, {})
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
-        progress.step("validating against PyTorch")
+        progress.step("validating")
         golden = golden_images(spec)
         difference = validate(backends[FP32], draft.stages, exported.answers, golden)
         write_golden(build / GOLDEN_FILE, golden, backends, draft)
@@ -279,7 +280,7 @@ def _report(
         "machine": f"{platform.machine()}, {platform.system()}, one thread",
         "fitted_on": {"images": len(fitting), "sha256": fitting.sha256},
         "tested_on": {"images": len(test), "sha256": test.sha256},
-        "largest_logit_difference_to_pytorch": float(f"{difference:.2e}"),
+        "largest_logit_difference_to_source": float(f"{difference:.2e}"),
         "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
         "ms_per_image": times,
         "without_reduction": without_reduction,
@@ -304,7 +305,8 @@ def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, ima
 
 
 def _provenance(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
-    packages = ("torch", "onnx", "onnxruntime", "numpy", "pillow")
+    packages = ["torch", "onnx", "onnxruntime", "numpy", "pillow"]
+    packages += [name for name in ("transformers", "timm") if name in sys.modules]  # where one gave the network
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "origin": network.origin,

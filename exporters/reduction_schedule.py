@@ -46,7 +46,7 @@ class ReductionSchedule:
             else:
                 removed = tuple(int(part) for part in amounts.split(","))
                 removed = removed * depth if len(removed) == 1 else removed
-            by_block = "," in amounts
+            by_block = "," in amounts or "@" in amounts
         except ValueError as error:
             raise ScheduleError(
                 f"{text!r} is no schedule: say METHOD:13, METHOD:20x9, METHOD:0,0,8,…, METHOD:0.7@4,7,10 or METHOD:55%"
@@ -80,13 +80,28 @@ def searched(text: str) -> tuple[str, float] | None:
 def _at_blocks(method: str, amounts: str, depth: int, num_patches: int) -> tuple[int, ...]:
     share, _, numbers = amounts.partition("@")
     removed, count = [0] * depth, num_patches
-    for number in sorted(int(part) for part in numbers.split(",")):
-        if not 1 <= number <= depth or not 0 < float(share) <= 1:
+    blocks = sorted(int(part) for part in numbers.split(","))
+    if len(set(blocks)) != len(blocks) or not 0 < float(share) <= 1:
+        raise ValueError(amounts)
+    for number in blocks:
+        if not 1 <= number <= depth:
             raise ValueError(amounts)
         # EViT keeps the share, and one token more in which the others are fused.
         kept = min(count, math.ceil(float(share) * count) + (method == "evit"))
         removed[number - 1], count = count - kept, kept
     return tuple(removed)
+
+
+def check_method(model: MultiExitViT, method: str) -> None:
+    """Whether a method can work in a network at all.
+
+    Raises:
+        ScheduleError: and why not.
+    """
+    try:
+        apply_schedule(model, ReductionSchedule(method, (0,) * (model.config.depth - 1) + (1,)))
+    finally:
+        clear_schedule(model)
 
 
 def clear_schedule(model: MultiExitViT) -> None:

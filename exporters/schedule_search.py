@@ -18,7 +18,7 @@ from app.types import Array
 from exporters.calibration import spread
 from exporters.config import SearchConfig
 from exporters.progress import SILENT, Progress
-from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, clear_schedule
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, check_method, clear_schedule
 from exporters.staging import stage_specs
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
@@ -41,11 +41,11 @@ def search_schedule(
         share: of the multiply-adds that are to be left, in 0 .. 1.
 
     Raises:
-        ScheduleError: the method cannot go so far in this network.
+        ScheduleError: the method cannot work in this network, or not go so far.
     """
     chosen = normalised(pixels[spread(len(pixels), config.num_images)], spec)
     step = max(1, model.config.num_patches // config.steps_of_all_tokens)
-    clear_schedule(model)
+    check_method(model, method)
     full, reference = _gmacs(model, spec), _log_probabilities(model, chosen)
 
     def tried(removed: list[int]) -> tuple[float, float] | None:

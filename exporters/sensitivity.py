@@ -31,14 +31,14 @@ class Selection:
     agreement: float  # with fp32, at the last exit, on the images of the pass
 
     def kept(self) -> str:
-        """What is not INT8, in words: whole layers, and channels of others."""
+        """What of the layers is not INT8, in words: whole layers, and channels of others; may be empty."""
         channels = [
             f"{len(each.outliers)} of {stage}.{name}'s channels"
             for stage, layers in enumerate(self.ranges)
             for name, each in layers.items()
             if each.outliers
         ]
-        return ", ".join([*self.kept_fp32, *channels]) or "nothing but the heads"
+        return ", ".join([*self.kept_fp32, *channels])
 
 
 def select_layers(

@@ -22,7 +22,7 @@ class ShapeMismatch(ValidationError):
 
 
 class ValueMismatch(ValidationError):
-    """An output differs from PyTorch's by more than the tolerance."""
+    """An output differs from the network's own by more than the tolerance."""
 
 
 class AccuracyLoss(ValidationError):
@@ -41,7 +41,7 @@ def validate(
     """Run the whole chain both ways; the largest absolute difference of a logit.
 
     Args:
-        answers: logits (B, C) of each exit, by PyTorch.
+        answers: logits (B, C) of each exit, by other means than the graphs: PyTorch, or a file as it came.
         pixels: (N, ...), what stage 0 takes.
 
     Raises:
@@ -62,7 +62,8 @@ def validate(
             difference = float(np.abs(output.logits - expected[index]).max())
             if not difference <= atol:
                 raise ValueMismatch(
-                    f"stage {index}, batch {batch_size}: logits differ from PyTorch's by {difference:.3g}, allowed {atol:.3g}"
+                    f"stage {index}, batch {batch_size}: logits differ from the network's own by {difference:.3g}, "
+                    f"allowed {atol:.3g}"
                 )
             worst = max(worst, difference)
             inputs = dict(output.state)

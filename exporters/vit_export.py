@@ -47,9 +47,9 @@ class ViTExport:
             return stage_graphs(model, self.preprocess, ranges=chosen)
 
         selection = select_layers(build, ranges_of(extremes, calibration), pixels, quantization, progress)
-        percent = f"{100 * selection.agreement:.1f} %"
-        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
-        return Quantized(build(selection.ranges), selection.kept())
+        percent, kept = f"{100 * selection.agreement:.1f} %", selection.kept() or "nothing but the heads"
+        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {kept}")
+        return Quantized(build(selection.ranges), kept)
 
     @torch.no_grad()
     def answers(self, pixels: Array) -> list[FloatArray]:

@@ -25,6 +25,7 @@ from exporters.graph_writer import (
     GraphWriter,
     Quantization,
     Shape,
+    bias_scale,
     quantized_bias,
     symmetric_int8,
 )
@@ -189,7 +190,7 @@ class _VitGraph(GraphWriter):
 
     def quantized_convolution(self, name: str, x: str, known: Quantization, layer: _Convolution) -> tuple[str, Quantization]:
         """A convolution of bytes to bytes; `known` and what is returned beside the name are scale and zero point."""
-        weight, weight_scale = symmetric_int8(layer.weight, axis=(1, 2, 3))
+        weight, weight_scale = symmetric_int8(layer.weight, axis=(1, 2, 3), at_least=bias_scale(layer.bias, known[0]))
         bias = quantized_bias(layer.bias, known[0] * weight_scale)
         output = self.ranges[name].scale_and_zero_point()
         x = self.node(

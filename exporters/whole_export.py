@@ -14,7 +14,7 @@ from exporters.progress import Progress
 from exporters.quantization import exposed, layers_of, quantized
 from exporters.sensitivity import Ranges, select_layers
 from exporters.sources.base import WholeModel
-from exporters.validation import normalised
+from exporters.validation import ValidationError, normalised
 from exporters.whole_graph import multiply_adds, stage_of
 from models.manifest import BATCH, LOGITS, StageSpec, TensorSpec
 
@@ -40,15 +40,19 @@ class WholeExport:
     ) -> Quantized:
         """In INT8: calibrated, and without the layers that hurt."""
         layers = layers_of(self._graph)
+        if not layers:
+            raise ValidationError("nothing in this graph can be INT8: no linear layer or convolution of float32; say --no-int8")
         ranges = collect_ranges([exposed(self._graph, layers)], pixels, calibration, progress)
 
         def build(chosen: Ranges) -> list[onnx.ModelProto]:
             return [quantized(self._graph, layers, chosen[0])]
 
         selection = select_layers(build, ranges, pixels, quantization, progress)
+        count = len(layers)
+        kept = f"{selection.kept() or 'nothing'} of {count} linear layers and convolutions, and all that is neither"
         percent = f"{100 * selection.agreement:.1f} %"
-        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {selection.kept()}")
-        return Quantized(build(selection.ranges), selection.kept())
+        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {kept}")
+        return Quantized(build(selection.ranges), kept)
 
     def answers(self, pixels: Array) -> list[FloatArray]:
         """By what the source says."""

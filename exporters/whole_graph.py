@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -16,7 +17,10 @@ from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 
 PROVIDERS = ["CPUExecutionProvider"]
 LOG_FATAL = 4  # ONNX Runtime writes what it raises to the console too
-INNER = "fovea."  # in front of the names of the graph that came, so that none of them is one of ours
+OWN = "fovea."  # in front of the names of what is added, so that none of them is one of the graph's own
+MIN_OPSET, MIN_IR = 13, 4  # QuantizeLinear per channel; initializers that are no inputs
+# What may stand between the softmax at the end and the output.
+NO_CHANGE = {"Identity", "Reshape", "Flatten", "Squeeze", "Cast", "Dropout"}
 
 
 class GraphError(ValueError):
@@ -48,28 +52,55 @@ def classifier(model: ModelProto) -> ModelProto:
     Raises:
         GraphError: it has other inputs or outputs than a classifier's.
     """
-    graph = ModelProto()
-    graph.CopyFrom(model)
-    given = {tensor.name for tensor in graph.graph.initializer}
-    inputs = [value for value in graph.graph.input if value.name not in given]
+    graph = _modern(model)
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    inputs = [value for value in graph.graph.input if value.name not in weights]
     if len(inputs) != 1 or len(graph.graph.output) != 1:
         names = [value.name for value in (*inputs, *graph.graph.output)]
         raise GraphError(f"a classifier has one input and one output, and this has {', '.join(names)}")
-    pixels, answer = inputs[0], graph.graph.output[0]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    (pixels,), (answer,) = graph.graph.input, graph.graph.output
     shape = [dimension.dim_value for dimension in pixels.type.tensor_type.shape.dim]
     if pixels.type.tensor_type.elem_type != TensorProto.FLOAT or len(shape) != 4 or shape[1] != 3:
         kind = TensorProto.DataType.Name(pixels.type.tensor_type.elem_type)
         raise GraphError(f"{pixels.name} is {kind} {shape}; float32 (batch, 3, height, width) is what is understood")
     if not shape[2] or not shape[3]:
         raise GraphError(f"{pixels.name} leaves height and width open; say them in the graph, the service has one size")
-    last = next((node for node in graph.graph.node if answer.name in node.output), None)
-    if last is not None and last.op_type == "Softmax":
-        graph.graph.node.remove(last)
-        answer.name = last.input[0]
+    _take_softmax_off(graph)
     for value in (pixels, answer):
         value.type.tensor_type.shape.dim[0].dim_param = BATCH
     del graph.graph.value_info[:]  # it may say batch sizes
     return graph
+
+
+def _modern(model: ModelProto) -> ModelProto:
+    """A copy of an opset that has all that is added."""
+    version = next((opset.version for opset in model.opset_import if opset.domain in {"", "ai.onnx"}), 0)
+    graph = ModelProto()
+    graph.CopyFrom(model)
+    graph.ir_version = max(graph.ir_version, MIN_IR)
+    if version >= MIN_OPSET:
+        return graph
+    try:
+        return onnx.version_converter.convert_version(graph, MIN_OPSET)
+    except Exception as error:  # the converter's errors have no common base
+        raise GraphError(f"its opset is {version}, and it cannot be brought to {MIN_OPSET}: {_first_line(error)}") from error
+
+
+def _take_softmax_off(graph: ModelProto) -> None:
+    """Where the last thing that changes values is a softmax, it becomes nothing; another way to probabilities is refused."""
+    makers = {name: node for node in graph.graph.node for name in node.output}
+    last = makers.get(graph.graph.output[0].name)
+    while last is not None and last.op_type in NO_CHANGE:
+        last = makers.get(last.input[0])
+    if last is None:
+        return
+    if last.op_type in {"Sigmoid", "HardSigmoid"}:
+        raise GraphError("it ends with a sigmoid, a yes or no for each class; one class for a picture is what is served")
+    if last.op_type in {"Softmax", "LogSoftmax"}:  # the latter is a softmax's logits as well
+        last.op_type = "Identity"
+        del last.attribute[:]
 
 
 def height_and_width(model: ModelProto) -> tuple[int, int]:
@@ -83,21 +114,21 @@ def stage_of(model: ModelProto, preprocess: PreprocessSpec, num_classes: int) ->
     graph = ModelProto()
     graph.CopyFrom(model)
     (source,), (answer,) = graph.graph.input, graph.graph.output
-    inner, outer = source.name, answer.name
-    _rename(graph, {PIXELS: INNER + PIXELS, LOGITS: INNER + LOGITS})
-    inner, outer = (INNER + name if name in {PIXELS, LOGITS} else name for name in (inner, outer))
+    theirs = {PIXELS: f"{OWN}theirs.{PIXELS}", LOGITS: f"{OWN}theirs.{LOGITS}"}
+    inner, outer = theirs.get(source.name, source.name), theirs.get(answer.name, answer.name)
+    _rename(graph.graph, theirs)
     front: list[NodeProto] = []
     if preprocess.layout == "uint8_nhwc":
         mean, std = (np.array(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
         scale, offset = np.float32(preprocess.scale) / std, mean / std
         for name, value in (("scale", scale), ("offset", offset)):
-            graph.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), f"{INNER}{name}"))
-        names = [f"{INNER}{step}" for step in ("float", "nchw", "scaled")]
+            graph.graph.initializer.append(numpy_helper.from_array(value.astype(np.float32), f"{OWN}{name}"))
+        names = [f"{OWN}{step}" for step in ("float", "nchw", "scaled")]
         front = [
             helper.make_node("Cast", [PIXELS], [names[0]], to=TensorProto.FLOAT),
             helper.make_node("Transpose", [names[0]], [names[1]], perm=[0, 3, 1, 2]),
-            helper.make_node("Mul", [names[1], f"{INNER}scale"], [names[2]]),
-            helper.make_node("Sub", [names[2], f"{INNER}offset"], [inner]),
+            helper.make_node("Mul", [names[1], f"{OWN}scale"], [names[2]]),
+            helper.make_node("Sub", [names[2], f"{OWN}offset"], [inner]),
         ]
     else:
         front = [helper.make_node("Identity", [PIXELS], [inner])]
@@ -115,14 +146,33 @@ def stage_of(model: ModelProto, preprocess: PreprocessSpec, num_classes: int) ->
     return graph
 
 
-def _rename(graph: ModelProto, names: dict[str, str]) -> None:
-    """Every tensor of one of these names."""
-    for node in graph.graph.node:
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Every tensor of one of these names, in branches too."""
+    for node in graph.node:
         for values in (node.input, node.output):
             for index, name in enumerate(values):
                 values[index] = names.get(name, name)
-    for tensor in graph.graph.initializer:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename(attribute.g, names)
+                for value in attribute.g.output:
+                    value.name = names.get(value.name, value.name)
+    for tensor in graph.initializer:
         tensor.name = names.get(tensor.name, tensor.name)
+
+
+def names_used(node: NodeProto) -> Iterator[str]:
+    """What a node takes, and what its branches take from outside or from each other."""
+    yield from node.input
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield from (value.name for value in attribute.g.output)
+            for inner in attribute.g.node:
+                yield from names_used(inner)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def constants(model: ModelProto) -> dict[str, Array]:
@@ -202,9 +252,7 @@ def wanted_nodes(nodes: Sequence[NodeProto], outputs: set[str]) -> list[NodeProt
         needed = set(outputs)
         for node in reversed(nodes):
             if needed & set(node.output):
-                needed.update(node.input)
-                for attribute in node.attribute:  # branches see the names outside
-                    needed.update(name for inner in attribute.g.node for name in inner.input)
+                needed.update(names_used(node))
                 yield node
 
     return [*reached()][::-1]

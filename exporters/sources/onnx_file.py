@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,23 +42,38 @@ class OnnxSource:
             model = onnx.load(self.file)
             onnx.checker.check_model(model)
         except Exception as error:  # protobuf's and the checker's errors have no common base
-            raise SourceError(f"{self.file.name} is no ONNX model: {str(error).strip().splitlines()[0]}") from error
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SourceError(f"{self.file.name} is no ONNX model: {first}") from error
         try:
-            graph = classifier(model)
-            spec = preprocessing_of(self.preprocessor, height_and_width(graph))
-            probe = np.random.default_rng(0).normal(size=(BATCH, 3, *spec.crop)).astype(np.float32)
-            try:
-                num_classes = logits_of(simplified(graph), probe).shape[-1]
-            except GraphError as error:
-                raise SourceError(
-                    f"{self.file.name} cannot take {BATCH} pictures at once: export it with a free batch axis ({error})"
-                ) from error
+            graph = simplified(classifier(model))
         except GraphError as error:
             raise SourceError(f"{self.file.name}: {error}") from error
-        if num_classes != len(self.labels):
-            raise SourceError(f"there are {len(self.labels)} labels, and {self.file.name} has {num_classes} classes")
+        spec = preprocessing_of(self.preprocessor, height_and_width(graph))
+        probe = np.random.default_rng(0).normal(size=(BATCH, 3, *spec.crop)).astype(np.float32)
+        try:
+            logits = logits_of(graph, probe)
+        except GraphError as error:
+            raise SourceError(
+                f"{self.file.name} cannot take {BATCH} pictures at once: export it with a free batch axis ({error})"
+            ) from error
+        if logits.shape != (BATCH, len(self.labels)):
+            raise SourceError(
+                f"there are {len(self.labels)} labels, and {self.file.name} gives {logits.shape} for {BATCH} pictures"
+            )
+        if (logits >= 0).all() and np.allclose(logits.sum(axis=1), 1, atol=1e-4):
+            raise SourceError(
+                f"{self.file.name} gives probabilities by other means than a softmax at its end: export its logits"
+            )
 
         def answer(pixels: FloatArray) -> FloatArray:
             return logits_of(graph, pixels, at_once=False)
 
-        return WholeModel(simplified(graph), answer, spec, self.labels, sha256_of(self.file), self.file.name)
+        return WholeModel(graph, answer, spec, self.labels, _sha256(self.file), self.file.name)
+
+
+def _sha256(file: Path) -> str:
+    """Of the file, and of the files beside it in which its weights lie."""
+    bare = onnx.load(file, load_external_data=False)
+    beside = {entry.value for tensor in bare.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    sums = [sha256_of(file), *(sha256_of(file.parent / name) for name in sorted(beside))]
+    return sums[0] if len(sums) == 1 else hashlib.sha256(" ".join(sums).encode()).hexdigest()

@@ -50,7 +50,12 @@ class TimmWholeSource:
             )
         except (RuntimeError, TypeError, ValueError) as error:
             raise SourceError(f"timm does not build {told.architecture}: {str(error).strip().splitlines()[0]}") from error
-        missing, unexpected = model.load_state_dict(load_state_dict(self.weights), strict=False)
+        state = load_state_dict(self.weights)
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # tensors of other shapes
+            lines = str(error).strip().splitlines()
+            raise WeightsError(f"the checkpoint is not one of {told.architecture}: {' '.join(lines[:2])}") from error
         if missing or unexpected:
             raise WeightsError(
                 f"the checkpoint is not one of {told.architecture}: it lacks {missing[:3]}, and {unexpected[:3]} have no use"

@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from app.types import FloatArray
 from exporters.sources.base import SourceError
-from exporters.whole_graph import GraphError, classifier, simplified
+from exporters.whole_graph import GraphError, classifier, logits_of, simplified
 
+TRACED_BATCH, OTHER_BATCHES = 2, (1, 3)
 OPSET = 20  # as exporters.graph_writer: the first with Gelu
 
 
@@ -35,7 +37,7 @@ def traced(network: nn.Module, forward: Callable[[Tensor], Tensor], name: str, s
     """The graph of a function of pixels (B, 3, H, W), with B free, simplified.
 
     By torch's tracing exporter (docs/adr/0014). What a trace cannot follow, a branch on a batch size for instance, is found by
-    validation, which runs several batch sizes.
+    running it at batch sizes other than the traced one.
 
     Args:
         network: in evaluation mode.
@@ -48,11 +50,11 @@ def traced(network: nn.Module, forward: Callable[[Tensor], Tensor], name: str, s
     """
     try:
         with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(), _quiet(), torch.no_grad():
-            warnings.simplefilter("ignore")  # on tracing, which validation answers
+            warnings.simplefilter("ignore")  # on tracing: what it fears is looked for below
             path = Path(directory) / "traced.onnx"
             torch.onnx.export(
                 _Logits(network, forward).eval(),
-                (torch.zeros(2, 3, *size),),
+                (torch.zeros(TRACED_BATCH, 3, *size),),
                 path,
                 dynamo=False,
                 opset_version=OPSET,
@@ -60,10 +62,18 @@ def traced(network: nn.Module, forward: Callable[[Tensor], Tensor], name: str, s
                 output_names=["y"],
                 dynamic_axes={"x": {0: "B"}, "y": {0: "B"}},
             )
-            return simplified(classifier(onnx.load(path)))
-    except (torch.onnx.errors.OnnxExporterError, GraphError, RuntimeError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            graph = simplified(classifier(onnx.load(path)))
+    except Exception as error:  # torch's, the network's own and ONNX's errors have no common base
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{name} could not be written as ONNX: {first}") from error
+    for batch in OTHER_BATCHES:
+        try:
+            found = logits_of(graph, np.zeros((batch, 3, *size), np.float32))
+        except GraphError as error:
+            raise SourceError(f"{name} computes with the batch size it was traced with, {TRACED_BATCH}: {error}") from error
+        if len(found) != batch:
+            raise SourceError(f"{name} gives {len(found)} answers to {batch} pictures, as traced")
+    return graph
 
 
 def answers(forward: Callable[[Tensor], Tensor]) -> Callable[[FloatArray], FloatArray]:

@@ -50,7 +50,7 @@ class TransformersWholeSource:
                 self.folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise SourceError(f"transformers does not load {self.folder.name}: {str(error).strip().splitlines()[0]}") from error
+            raise SourceError(f"transformers does not load {self.folder.name}: {_said(error)}") from error
         if missing := sorted(found["missing_keys"]) + sorted(found["mismatched_keys"]):
             raise SourceError(f"the weights of {self.folder.name} lack {', '.join(map(str, missing[:5]))}: is it a classifier?")
         model.eval()
@@ -61,7 +61,12 @@ class TransformersWholeSource:
             return logits
 
         labels, answer = self.labels(), answers(forward)
-        num_classes = answer(np.zeros((1, 3, *spec.crop), np.float32)).shape[-1]
+        try:
+            num_classes = answer(np.zeros((1, 3, *spec.crop), np.float32)).shape[-1]
+        except Exception as error:  # whatever a network's own code says of pictures of another size
+            raise SourceError(
+                f"{self.folder.name} does not take {spec.crop} pixels, which its processor gives: {_said(error)}"
+            ) from error
         if num_classes != len(labels):
             raise SourceError(f"{self.folder.name} names {len(labels)} classes, and its network has {num_classes}")
         graph = traced(model, forward, f"{model.config.model_type} ({self.folder.name})", spec.crop)
@@ -72,7 +77,7 @@ class TransformersWholeSource:
         try:
             named = package().AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label
         except (OSError, ValueError, KeyError) as error:
-            raise SourceError(f"transformers does not know {self.folder.name}: {str(error).strip().splitlines()[0]}") from error
+            raise SourceError(f"transformers does not know {self.folder.name}: {_said(error)}") from error
         return tuple(named[number] for number in sorted(named))
 
 
@@ -101,8 +106,7 @@ def image_processor(path: Path) -> Any:
     try:
         return package().AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SourceError(f"transformers finds no image processor in {path.name}: {reason}") from error
+        raise SourceError(f"transformers finds no image processor in {path.name}: {_said(error)}") from error
 
 
 def preprocessing(processor: Any) -> tuple[PreprocessSpec, bool]:
@@ -111,6 +115,8 @@ def preprocessing(processor: Any) -> tuple[PreprocessSpec, bool]:
     Raises:
         SourceError: it does something else than resize, cut the centre and change values channel by channel.
     """
+    if not {"resample", "size"} <= set(dir(processor)) or processor.resample is None or processor.size is None:
+        raise SourceError(f"{type(processor).__name__} does not say how it resizes")
     factor, offset, flipped = _values(processor)
     _, height, width = _answer(processor, _plain((0, 0, 0))).shape
     interpolation = RESAMPLE.get(int(processor.resample))
@@ -193,6 +199,10 @@ def _pictures(size: tuple[int, int]) -> Iterator[Array]:
         coarse = generator.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3)).astype(np.float64)
         fine = np.kron(coarse, np.ones((16, 16, 1)))[:height, :width]
         yield fine.astype(np.uint8)
+
+
+def _said(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _three(values: Array) -> tuple[float, float, float]:

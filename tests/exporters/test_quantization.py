@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters.calibration import collect_ranges
 from exporters.config import CalibrationConfig
-from exporters.graph_writer import ActivationRange, quantized_bias, symmetric_int8
+from exporters.graph_writer import ActivationRange, bias_scale, quantized_bias, symmetric_int8
 from exporters.quantization import exposed, layers_of, quantized, range_names
 from exporters.whole_graph import run
 from models.manifest import LOGITS, PIXELS
@@ -151,20 +151,23 @@ def test_an_outlier_channel_is_kept_apart() -> None:
 
 
 def test_what_is_not_a_layer_of_ours_is_left_alone() -> None:
-    """A product of two activations, weights of more than two axes, a scaled Gemm, a result that is an output itself."""
+    """A product of two activations, weights of more than two axes, a scaled Gemm, weights on the left."""
     make = helper.make_node
     nodes = [
         make("Reshape", [PIXELS, "rows"], ["x0"]),
         make("Transpose", ["x0"], ["x1"], perm=[0, 2, 1]),
         make("MatMul", ["x0", "x1"], ["x2"]),
         make("MatMul", ["x2", "w0"], ["x3"]),
-        make("Reshape", ["x3", "flat"], ["x4"]),
-        make("Gemm", ["x4", "w1"], ["x5"], alpha=0.5),
-        make("MatMul", ["x5", "w2"], [LOGITS]),
+        make("MatMul", ["w3", "x3"], ["x4"]),
+        make("Reshape", ["x4", "flat"], ["x5"]),
+        make("Gemm", ["x5", "w1"], ["x6"], alpha=0.5),
+        make("Tanh", ["x6"], ["x7"]),
+        make("MatMul", ["x7", "w2"], [LOGITS]),
     ]
     weights = {
         "rows": np.array([0, 3, 64]),
         "w0": draw(3, 3)[None],
+        "w3": draw(3, 3),
         "flat": np.array([0, 9]),
         "w1": draw(9, 4),
         "w2": draw(4, 2),
@@ -172,11 +175,106 @@ def test_what_is_not_a_layer_of_ours_is_left_alone() -> None:
     assert layers_of(graph(nodes, weights)) == []
 
 
+def test_a_result_that_others_want_too_stays_what_it_was() -> None:
+    """A residual beside a ReLU, a bias whose sum is not the only taker, weights that two layers share, odd paddings."""
+    make = helper.make_node
+    nodes = [
+        make("Conv", [PIXELS, "c0", "b0"], ["x0"], pads=[1, 0, 1, 2], dilations=[1, 1]),
+        make("Relu", ["x0"], ["x1"]),
+        make("Conv", ["x1", "c1"], ["x2"], auto_pad="SAME_UPPER", strides=[1, 1]),
+        make("Conv", ["x2", "c1"], ["x3"], pads=[2, 2, 2, 2], dilations=[2, 2]),
+        make("Add", ["x0", "x3"], ["x4"]),  # before the ReLU
+        make("GlobalAveragePool", ["x4"], ["x5"]),
+        make("Reshape", ["x5", "flat"], ["x6"]),
+        make("MatMul", ["x6", "w0"], ["x7"]),
+        make("Add", ["x7", "b1"], ["x8"]),
+        make("Mul", ["x7", "x8"], ["x9"]),
+        make("Sigmoid", ["x9"], ["x10"]),
+        make("Gemm", ["x10", "w1"], [LOGITS]),
+    ]
+    weights = {
+        "c0": draw(8, 3, 3, 3),
+        "b0": draw(8, 1)[:, 0],
+        "c1": draw(8, 8, 3, 3),
+        "flat": np.array([0, 8]),
+        "w0": draw(8, 8) * 3,
+        "b1": draw(8, 1)[:, 0],
+        "w1": draw(8, 4) * 4,
+    }
+    model = graph(nodes, weights)
+    layers = layers_of(model)
+    assert [(layer.name, layer.absorbed) for layer in layers] == [
+        ("Conv_0", None),
+        ("Conv_2", None),
+        ("Conv_3", None),
+        ("MatMul_7", None),
+    ]
+    int8 = quantized(model, layers, ranges_of(model, PICTURES))
+    onnx.checker.check_model(int8)
+
+    mine, theirs = (run(each, {PIXELS: PICTURES})[LOGITS] for each in (int8, model))
+
+    assert np.ptp(theirs) > 0.1
+    assert 0 < np.abs(mine - theirs).max() < 0.05 * np.ptp(theirs)
+
+
+@pytest.mark.parametrize("kind", ["two heads", "a convolution"])
+def test_what_classifies_stays_fp32(kind: str) -> None:
+    """Two heads whose mean is taken; a 1 x 1 convolution that is pooled. A layer inside is INT8 nevertheless."""
+    make = helper.make_node
+    nodes = [make("Conv", [PIXELS, "c0"], ["x0"]), make("Tanh", ["x0"], ["x1"])]
+    weights = {"c0": draw(8, 3, 3, 3), "flat": np.array([0, 8])}
+    if kind == "two heads":
+        nodes += [
+            make("GlobalAveragePool", ["x1"], ["x2"]),
+            make("Reshape", ["x2", "flat"], ["x3"]),
+            make("Gemm", ["x3", "w0"], ["x4"]),
+            make("Gemm", ["x3", "w1"], ["x5"]),
+            make("Add", ["x4", "x5"], ["x6"]),
+            make("Div", ["x6", "two"], [LOGITS]),
+        ]
+        weights |= {"w0": draw(8, 4), "w1": draw(8, 4), "two": np.float32(2)}
+    else:
+        nodes += [
+            make("Conv", ["x1", "c1"], ["x2"]),
+            make("GlobalAveragePool", ["x2"], ["x3"]),
+            make("Reshape", ["x3", "flat4"], [LOGITS]),
+        ]
+        weights |= {"c1": draw(4, 8, 1, 1), "flat4": np.array([0, 4])}
+    assert [layer.name for layer in layers_of(graph(nodes, weights))] == ["Conv_0"]
+
+
+def test_a_channel_that_is_its_bias_alone_keeps_it() -> None:
+    """Batch norms fold into channels without weights, or with tiny ones: their bias is what they say."""
+    make = helper.make_node
+    nodes = [
+        make("Conv", [PIXELS, "c0", "b0"], ["x0"]),
+        make("Tanh", ["x0"], ["x1"]),
+        make("Reshape", ["x1", "flat"], ["x2"]),
+        make("MatMul", ["x2", "w0"], [LOGITS]),
+    ]
+    kernels = draw(3, 3, 8, 8)
+    kernels[1] *= 1e-9
+    kernels[2] = 0
+    bias = np.array([0.1, 0.3, -0.7], dtype=np.float32)
+    identity = {"flat": np.array([0, 3]), "w0": np.eye(3, dtype=np.float32)}
+    model = graph(nodes, {"c0": kernels, "b0": bias} | identity)
+    int8 = quantized(model, layers_of(model), ranges_of(model, PICTURES))
+
+    mine, theirs = (np.arctanh(run(each, {PIXELS: PICTURES})[LOGITS]) for each in (int8, model))
+
+    np.testing.assert_allclose(theirs[:, 1:], np.broadcast_to(bias[1:], (len(PICTURES), 2)), atol=1e-5)
+    np.testing.assert_allclose(mine, theirs, atol=0.05)
+
+
 def test_a_channel_of_zeros_has_a_scale_that_can_be_divided_by() -> None:
-    """And a bias beyond int32 is the largest there is."""
+    """And small ranges give scales whose product is a number still."""
     weight = np.array([[1.0, 0.0], [-2.0, 0.0]], dtype=np.float32)
     integers, scale = symmetric_int8(weight, axis=0)
     np.testing.assert_array_equal(integers, [[64, 0], [-127, 0]])
-    np.testing.assert_allclose(scale, [2 / 127, 1], rtol=1e-6)
-    np.testing.assert_array_equal(quantized_bias(np.array([1.0, 1e9]), np.array([0.5, 1e-9])), [2, 2**31 - 1])
+    assert scale[0] == pytest.approx(2 / 127)
+    assert scale[1] > 0
+    np.testing.assert_array_equal(quantized_bias(np.array([1.0, -3.0]), np.array([0.5, 0.25])), [2, -12])
+    smallest = bias_scale(np.array([0.3]), np.float32(0.02))
+    assert abs(int(quantized_bias(np.array([0.3]), np.float32(0.02) * smallest)[0])) < 2**31
     assert ActivationRange(0.0, 1e-40).scale_and_zero_point() == (1.0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -397,6 +398,27 @@ def test_a_name_that_could_not_be_served_is_refused_at_once(inputs: Path, tmp_pa
     with pytest.raises(SourceError, match="'My Model' is no name for a model"):
         recipe.run(replace(make_config(inputs, tmp_path), name="My Model"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_do_not_go_together_are_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that was asked for is passed over; what is to be installed is said in full."""
+    weights = str(inputs / "weights.safetensors")
+    arguments = ["export", "--model", "a", "--version", "1", "--repository", str(tmp_path)]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "swin"}')
+    for more, words in (
+        (["--onnx", weights, "--weights", weights], "say one of --weights and --onnx"),
+        (["--weights", weights, "--preprocessor", weights], "--preprocessor goes with --onnx"),
+        (["--onnx", weights, "--boundaries", "1,2"], "an ONNX file is exported in one piece"),
+        (["--onnx", weights], "say --preprocessor FILE and --labels FILE"),
+    ):
+        result = CliRunner().invoke(exporter, [*arguments, *more])
+        assert result.exit_code == 1
+        assert words in result.output
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = CliRunner().invoke(exporter, [*arguments, "--checkpoint", str(tmp_path / "theirs")])
+    assert "pip install 'fovea[transformers]'" in result.output
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_path: Path) -> None:

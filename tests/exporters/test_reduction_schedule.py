@@ -41,6 +41,7 @@ def test_a_text_becomes_an_amount_for_every_block(text: str, removed: tuple[int,
         "evit:0.5@7",
         "evit:2@1",
         "evit:@1",
+        "evit:0.7@4,4",
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
@@ -64,6 +65,7 @@ def test_every_block_knows_how_many_tokens_are_left() -> None:
     [
         ("test_vit", "tome:9,0,0,0,0,0", "block 0 has 16 patch tokens, of which at most 8 can be merged, not 9"),
         ("test_vit", "evit:4", "block 3: 0 patch tokens"),
+        ("test_vit", "tome:0.4@4", "block 3 has 16 patch tokens, of which at most 8 can be merged, not 9"),
         ("vit_cifar10", "evit:4", "has no class token"),
     ],
 )

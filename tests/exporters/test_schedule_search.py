@@ -73,6 +73,12 @@ def test_it_saves_what_was_asked_for_and_costs_less_than_an_even_one(
     assert even_share > 0.6
 
 
+def test_a_method_that_cannot_work_is_told_by_its_reason(pixels: np.ndarray) -> None:
+    """Not by how far it came."""
+    with pytest.raises(ScheduleError, match="the network has no class token"):
+        search_schedule(create_model("vit_cifar10").eval(), pixels, ZOO["vit_cifar10"].preprocess, "evit", 0.5, CONFIG)
+
+
 def test_what_the_method_cannot_reach_is_told_and_the_network_is_as_it_was(model: MultiExitViT, pixels: np.ndarray) -> None:
     """Patches can go, the embedding and the heads stay."""
     with pytest.raises(ScheduleError, match=r"tome leaves \d+ % of the multiply-adds at least, not 3 %"):

@@ -303,7 +303,9 @@ def test_efficient_attention_equals_pytorch_and_costs_what_is_told(kind: str, po
         for mine, theirs in zip(run_chain(stages, pixels[:size]), expected, strict=True):
             np.testing.assert_allclose(mine, theirs[:size], atol=1e-3)
     told = [stage.gmacs for stage in stage_specs(model, spec)]
+    whole = MultiExitViT(config, (3,)).eval()  # so that its last block answers what the head sees
     assert told[0] == pytest.approx(multiply_adds(stages[0]) / 1e9, rel=1e-6)
+    assert stage_specs(whole, spec)[0].gmacs == pytest.approx(multiply_adds(graphs(whole, spec)[0]) / 1e9, rel=1e-6)
     ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
     int8 = run_chain(graphs(model, spec, ranges=ranges), pixels)[-1]
     assert 0 < np.abs(int8 - expected[-1]).max() < 0.3 * np.ptp(expected[-1])

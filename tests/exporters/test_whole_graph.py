@@ -70,11 +70,65 @@ def test_a_stage_takes_bytes_and_gives_the_same_logits(names: tuple[str, str]) -
     np.testing.assert_allclose(run(floats, {PIXELS: normal})[LOGITS], expected, atol=1e-5)
 
 
-def test_probabilities_are_turned_back_into_logits() -> None:
-    """A softmax at the end is taken off: exits have their own temperature."""
+@pytest.mark.parametrize("behind", [[], ["Identity"], ["Reshape"], ["Flatten", "Identity"]])
+def test_probabilities_are_turned_back_into_logits(behind: list[str]) -> None:
+    """A softmax at the end is taken off, also before what changes nothing: exits have their own temperature."""
     normal = np.random.default_rng(1).normal(size=(2, 3, 6, 6)).astype(np.float32)
-    plain, probable = (classifier(others(softmax=softmax)) for softmax in (False, True))
-    np.testing.assert_allclose(logits_of(probable, normal), logits_of(plain, normal), atol=1e-6)
+    probable = others(softmax=True)
+    name = "out"
+    for number, kind in enumerate(behind):
+        probable.graph.node[-1].output[0] = f"p{number}"
+        inputs = [f"p{number}", "as_it_is"] if kind == "Reshape" else [f"p{number}"]
+        probable.graph.node.append(helper.make_node(kind, inputs, [name]))
+    if "Reshape" in behind:
+        probable.graph.initializer.append(numpy_helper.from_array(np.array([0, 4]), "as_it_is"))
+    np.testing.assert_allclose(logits_of(classifier(probable), normal), logits_of(classifier(others()), normal), atol=1e-6)
+
+
+def test_a_sigmoid_at_the_end_is_refused() -> None:
+    """It says yes or no to each class, which is another task."""
+    graph = others(softmax=True)
+    graph.graph.node[-1].CopyFrom(helper.make_node("Sigmoid", ["mean"], ["out"]))
+    with pytest.raises(GraphError, match="ends with a sigmoid"):
+        classifier(graph)
+
+
+def test_weights_that_are_listed_as_inputs_are_none() -> None:
+    """As old exporters wrote them, and in an opset that knew no INT8."""
+    graph = others()
+    graph.graph.input.append(helper.make_tensor_value_info("weight", TensorProto.FLOAT, WEIGHT.shape))
+    graph.graph.node[-1].CopyFrom(helper.make_node("ReduceMean", ["features"], ["out"], axes=[2, 3], keepdims=0))
+    graph.opset_import[0].version, graph.ir_version = 9, 3
+    normal = np.random.default_rng(1).normal(size=(2, 3, 6, 6)).astype(np.float32)
+
+    stage = stage_of(simplified(classifier(graph)), SPEC, 4)
+
+    assert [value.name for value in stage.graph.input] == [PIXELS]
+    assert stage.ir_version >= 4
+    assert next(opset.version for opset in stage.opset_import if opset.domain == "") >= 13
+    np.testing.assert_allclose(logits_of(classifier(graph), normal), logits_of(classifier(others()), normal), atol=1e-6)
+
+
+def test_branches_see_renamed_tensors() -> None:
+    """A tensor called as one of ours is renamed where a branch takes it from outside, too."""
+    graph = others(names=("in", LOGITS))
+    graph.graph.node[-1].output[0] = PIXELS  # their name for the mean
+    make = helper.make_node
+
+    def branch(kind: str) -> onnx.GraphProto:
+        value = helper.make_tensor_value_info(f"{kind}_out", TensorProto.FLOAT, None)
+        return helper.make_graph([make(kind, [PIXELS], [f"{kind}_out"])], kind, [], [value])
+
+    graph.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    graph.graph.node.append(make("If", ["yes"], [LOGITS], then_branch=branch("Neg"), else_branch=branch("Abs")))
+    normal = np.random.default_rng(1).normal(size=(2, 3, 6, 6)).astype(np.float32)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
+
+    stage = stage_of(classifier(graph), SPEC, 4)
+
+    expected = run(stage_of(classifier(others()), SPEC, 4), {PIXELS: pixels})[LOGITS]
+    np.testing.assert_allclose(run(stage, {PIXELS: pixels})[LOGITS], -expected, atol=1e-6)
+    np.testing.assert_allclose(logits_of(classifier(graph), normal), -logits_of(classifier(others()), normal), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,33 @@ def test_transformers_file_says_it_too(tmp_path: Path) -> None:
     assert len(LABELS) == CLASSES
 
 
+def test_weights_beside_the_file_are_part_of_its_checksum(tmp_path: Path, timms: Path) -> None:
+    """Two trainings of one graph are two."""
+    sums = []
+    for name, factor in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / name).mkdir()
+        model = onnx.load(write_onnx(tmp_path / name / "theirs.onnx"))
+        weight = numpy_helper.to_array(model.graph.initializer[0]) * np.float32(factor)
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
+        onnx.save(model, tmp_path / name / "theirs.onnx", save_as_external_data=True, location="theirs.data", size_threshold=0)
+        sums.append(OnnxSource(tmp_path / name / "theirs.onnx", timms, LABELS).load().weights_sha256)
+    assert (tmp_path / "a" / "theirs.onnx").read_bytes() == (tmp_path / "b" / "theirs.onnx").read_bytes()
+    assert sums[0] != sums[1]
+
+
+def test_probabilities_by_another_way_are_refused(tmp_path: Path, timms: Path) -> None:
+    """Softmax of probabilities would make every answer unsure."""
+    file = write_onnx(tmp_path / "theirs.onnx")
+    model = onnx.load(file)
+    model.graph.node[-1].CopyFrom(helper.make_node("Exp", ["y"], ["e"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "last"))
+    model.graph.node.append(helper.make_node("ReduceSum", ["e", "last"], ["sum"], keepdims=1))
+    model.graph.node.append(helper.make_node("Div", ["e", "sum"], ["p"]))
+    onnx.save(model, file)
+    with pytest.raises(SourceError, match="gives probabilities by other means than a softmax at its end"):
+        OnnxSource(file, timms, LABELS).load()
+
+
 def test_what_cannot_be_used_is_said(tmp_path: Path, timms: Path) -> None:
     """No ONNX, a batch of one written into the graph, labels that do not fit, a configuration that says nothing."""
     (tmp_path / "text.onnx").write_text("hello")
@@ -87,7 +114,7 @@ def test_what_cannot_be_used_is_said(tmp_path: Path, timms: Path) -> None:
         OnnxSource(tmp_path / "text.onnx", timms, LABELS).load()
     with pytest.raises(SourceError, match="cannot take 2 pictures at once: export it with a free batch axis"):
         OnnxSource(write_onnx(tmp_path / "fixed.onnx", fixed=True), timms, LABELS).load()
-    with pytest.raises(SourceError, match=r"there are 2 labels, and theirs.onnx has 5 classes"):
+    with pytest.raises(SourceError, match=r"there are 2 labels, and theirs.onnx gives \(2, 5\) for 2 pictures"):
         OnnxSource(write_onnx(tmp_path / "theirs.onnx"), timms, ("a", "b")).load()
     for content, words in (
         ("{", "is no JSON"),

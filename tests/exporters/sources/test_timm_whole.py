@@ -77,6 +77,11 @@ def test_what_cannot_be_used_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     save_file({"0.weight": torch.zeros(6, 3, 4, 4)}, folder / "half.safetensors")
     with pytest.raises(WeightsError, match="it lacks"):
         TimmWholeSource(folder / "half.safetensors", folder / "config.json", LABELS).load()
+    state = build("tiny_vit_4", pretrained=False, num_classes=5, exportable=True, width=9)
+    state(torch.zeros(2, 3, SIDE, SIDE))
+    save_file(state.state_dict(), folder / "wide.safetensors")
+    with pytest.raises(WeightsError, match="size mismatch"):
+        TimmWholeSource(folder / "wide.safetensors", folder / "config.json", LABELS).load()
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(SourceError, match="pip install timm"):
         TimmWholeSource(folder / "model.safetensors", folder / "config.json", LABELS).load()
