@@ -1,4 +1,4 @@
-"""The command `fovea`: serve, predict, models, check, and the exporter's export and evaluate where its extra is installed."""
+"""The command `fovea`: serve, predict, models, check, and the exporter's commands where its extra is installed."""
 
 from __future__ import annotations
 
@@ -148,6 +148,12 @@ _HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_op
 def export(context: typer.Context) -> None:
     """Make a published version out of a trained network (needs the `export` extra)."""
     _exporter("export", context.args)
+
+
+@cli.command(context_settings=_HANDED_ON)
+def quantize(context: typer.Context) -> None:
+    """Give a published version INT8, or calibrate it anew (needs the `export` extra)."""
+    _exporter("quantize", context.args)
 
 
 @cli.command(context_settings=_HANDED_ON)

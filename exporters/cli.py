@@ -25,6 +25,7 @@ from exporters.reduction_schedule import ScheduleError
 from exporters.sources.base import Source, SourceError
 from exporters.sources.folder import find, from_folder
 from exporters.sources.onnx_file import OnnxSource
+from exporters.sources.published import PublishedSource
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from exporters.validation import ValidationError
@@ -216,13 +217,66 @@ def _named_paths(texts: list[str]) -> dict[str, Path]:
     return paths
 
 
-def _repeated(options: dict[str, object], flags: list[str]) -> str:
+def _repeated(options: dict[str, object], flags: list[str], command: str = "export") -> str:
     """The command for the card: files by name only, no folders of this machine."""
-    words = ["python", "-m", "exporters", "export"]
+    words = ["python", "-m", "exporters", command]
     for option, value in options.items():
         if value is not None:
             words += [option, value.name if isinstance(value, Path) else str(value)]
     return shlex.join(words + flags)
+
+
+@app.command()
+def quantize(
+    calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits and INT8 on.")],
+    test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
+    model: Annotated[str, typer.Option(help="Name of a published model.")],
+    version: Annotated[int, typer.Option(min=1, help="Number of the new version.")],
+    source: Annotated[int | None, typer.Option("--from", min=1, help="The version to start from; unset: the highest.")] = None,
+    repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
+    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
+) -> None:
+    """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
+    console = Console()
+    published = PublishedSource(repository, model, source)
+    try:
+        told = published.open().manifest.provenance
+        config = ExportConfig(
+            name=model,
+            source=published,
+            calibration_images=calibration,
+            test_images=test,
+            repository=repository,
+            version=version,
+            unlabelled=unlabelled,
+            folders=None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))},
+            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            data=told.get("data", "not stated"),
+            training=told.get("training", "not stated"),
+            licence=told.get("licence", "not stated"),
+            command=_repeated(
+                {
+                    "--model": model,
+                    "--version": version,
+                    "--from": source,
+                    "--max-drop": f"{max_drop:g}",
+                    "--folders": folders,
+                    "--calibration": calibration,
+                    "--test": test,
+                },
+                flags=["--unlabelled"] if unlabelled else [],
+                command="quantize",
+            ),
+        )
+        with ConsoleProgress.on(console) as progress:
+            directory = run(config, progress)
+    except UNUSABLE as error:
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from error
+    print_tables(console, from_report(directory))
+    console.print(f"published {directory}", soft_wrap=True)
 
 
 @app.command()

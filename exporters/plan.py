@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from exporters.config import ExportConfig
 from exporters.exportable import Exportable
+from exporters.graphs_export import export_of
 from exporters.images import count_images
 from exporters.recipe import check, vit_of
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, searched
-from exporters.sources.base import WholeModel
+from exporters.sources.base import Network
 from exporters.vit_export import ViTExport
-from exporters.whole_export import WholeExport
 
 
 def plan(config: ExportConfig) -> dict[str, str]:
@@ -28,7 +28,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
             schedule = ReductionSchedule.parse(config.reduction, model.config.depth, model.config.num_patches)
             apply_schedule(model, schedule)
     spec = network.preprocess
-    exported: Exportable = WholeExport(network) if isinstance(network, WholeModel) else ViTExport(network.model, spec)
+    exported: Exportable = ViTExport(network.model, spec) if isinstance(network, Network) else export_of(network)
     stages = exported.stages()
     size = sum(graph.ByteSize() for graph in exported.graphs())
     counts = [
@@ -43,7 +43,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
         "stages": f"{len(stages)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in stages)} billion multiply-adds",
         "token reduction": config.reduction or "none",
         "tokens between them": ", ".join(tokens) or "none",
-        "exits": "fitted" if isinstance(network, WholeModel) or network.has_exits else "heads are fitted first",
+        "exits": "fitted" if not isinstance(network, Network) or network.has_exits else "heads are fitted first",
         "variants": "fp32, int8" if config.int8 else "fp32",
         "size": f"fp32 {size / 2**20:.1f} MiB",
         "images": f"{counts[0]} to fit on, {counts[1]} to measure on",

@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from app.types import Array
 from exporters.graph_writer import HIGH, LOW, ActivationRange, Quantization, bias_scale, quantized_bias, symmetric_int8
 from exporters.whole_graph import OWN, constants, names_used, wanted_nodes
+from models.manifest import LOGITS
 
 MICROSOFT = "com.microsoft"
 AXES_AS_INPUT = 18  # opset from which ReduceMin and ReduceMax take their axes as a tensor
@@ -59,11 +60,12 @@ class Layer:
 def layers_of(model: ModelProto) -> list[Layer]:
     """All that can be INT8, in their order; what classifies is left out."""
     weights, consumers = constants(model), _consumers(model)
+    outputs = {value.name for value in model.graph.output}
 
     def behind(node: NodeProto) -> NodeProto | None:
-        """What alone takes the result; whatever gives an output of the graph is left out below."""
+        """What alone takes the result."""
         takers = consumers.get(node.output[0], [])
-        return takers[0] if len(takers) == 1 else None
+        return takers[0] if len(takers) == 1 and node.output[0] not in outputs else None
 
     found = []
     for node in model.graph.node:
@@ -77,9 +79,9 @@ def layers_of(model: ModelProto) -> list[Layer]:
 
 
 def _classifiers(model: ModelProto) -> set[str]:
-    """What nothing but sums, means and shapes separates from the output: it is tiny, and confidences come from it."""
+    """What nothing but sums, means and shapes separates from the logits: it is tiny, and confidences come from it."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    waiting, found, seen = [value.name for value in model.graph.output], set(), set()
+    waiting, found, seen = [LOGITS], set(), set()
     while waiting:
         node = makers.get(name := waiting.pop())
         if node is None or name in seen:

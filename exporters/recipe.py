@@ -25,6 +25,7 @@ from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
 from exporters.exportable import Exportable
 from exporters.golden import golden_images, write_golden
+from exporters.graphs_export import export_of
 from exporters.images import ImageSet, read_images, read_unlabelled
 from exporters.model_card import model_card
 from exporters.progress import SILENT, Progress
@@ -32,10 +33,9 @@ from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
 from exporters.schedule_search import search_schedule
-from exporters.sources.base import Network, SourceError, WholeModel
+from exporters.sources.base import Loaded, Network, SourceError
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
-from exporters.whole_export import WholeExport
 from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
 
 FP32, INT8 = "fp32", "int8"
@@ -143,11 +143,11 @@ def check(config: ExportConfig) -> None:
         )
 
 
-def vit_of(network: Network | WholeModel) -> Network:
+def vit_of(network: Loaded) -> Network:
     """For what only a ViT of ours can do.
 
     Raises:
-        SourceError: it is a whole model.
+        SourceError: it comes as graphs.
     """
     if not isinstance(network, Network):
         raise SourceError(f"token reduction is for ViT and DeiT; {network.origin} can be exported as it is")
@@ -170,10 +170,10 @@ def _reduce(
     return full, text
 
 
-def _exportable(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, progress: Progress) -> Exportable:
+def _exportable(config: ExportConfig, network: Loaded, fitting: ImageSet, progress: Progress) -> Exportable:
     """The network, with heads where it came without."""
-    if isinstance(network, WholeModel):
-        return WholeExport(network)
+    if not isinstance(network, Network):
+        return export_of(network)
     if not network.has_exits:
         heads = fit_exit_heads(network.model, fitting.pixels, network.preprocess, config.exit_heads, progress)
         progress.step(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
@@ -304,7 +304,7 @@ def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, ima
     }
 
 
-def _provenance(config: ExportConfig, network: Network | WholeModel, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
+def _provenance(config: ExportConfig, network: Loaded, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
     packages = ["torch", "onnx", "onnxruntime", "numpy", "pillow"]
     packages += [name for name in ("transformers", "timm") if name in sys.modules]  # where one gave the network
     return {

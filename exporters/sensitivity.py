@@ -93,17 +93,22 @@ def group_of(name: str) -> str:
 
 def last_logits(stages: Sequence[onnx.ModelProto], pixels: Array) -> FloatArray:
     """Logits (N, C) of the last exit."""
+    return every_exit(stages, pixels)[-1]
+
+
+def every_exit(stages: Sequence[onnx.ModelProto], pixels: Array) -> list[FloatArray]:
+    """Logits (N, C) of each exit."""
     sessions = [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
-    collected = []
+    collected: list[list[FloatArray]] = [[] for _ in stages]
     for start in range(0, len(pixels), BATCH_SIZE):
         outputs: dict[str, Array] = {PIXELS: pixels[start : start + BATCH_SIZE]}
-        for session in sessions:
+        for index, session in enumerate(sessions):
             wanted = {node.name for node in session.get_inputs()}
             names = [node.name for node in session.get_outputs()]
             inputs = {name: outputs[name] for name in wanted}
             outputs = dict(zip(names, session.run(names, inputs), strict=True))
-        collected.append(outputs[LOGITS])
-    return np.concatenate(collected)
+            collected[index].append(outputs[LOGITS])
+    return [np.concatenate(parts) for parts in collected]
 
 
 def _only(layers: Mapping[str, ActivationRange], layer: str) -> dict[str, ActivationRange]:

@@ -10,7 +10,7 @@ import onnx
 from pydantic import ValidationError
 
 from app.types import FloatArray
-from models.manifest import PreprocessSpec
+from models.manifest import PreprocessSpec, StageSpec
 from models.multi_exit import MultiExitViT
 
 
@@ -45,10 +45,25 @@ class WholeModel:
     origin: str  # what it is called where it comes from
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The stages of a published version, in fp32."""
+
+    graphs: tuple[onnx.ModelProto, ...]
+    stages: tuple[StageSpec, ...]
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...]
+    weights_sha256: str
+    origin: str  # its name and number
+
+
+Loaded = Network | WholeModel | Published
+
+
 class Source(Protocol):
     """Knows where a network is."""
 
-    def load(self) -> Network | WholeModel:
+    def load(self) -> Loaded:
         """Read it.
 
         Raises:

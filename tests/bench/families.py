@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from exporters.config import CalibrationConfig, QuantizationConfig
 from exporters.exportable import Exportable
+from exporters.graphs_export import export_of
 from exporters.images import read_unlabelled
 from exporters.progress import SILENT
 from exporters.sensitivity import last_logits
@@ -33,7 +34,6 @@ from exporters.sources.base import SourceError, WholeModel
 from exporters.sources.timm_whole import TimmWholeSource
 from exporters.sources.transformers_whole import TransformersWholeSource
 from exporters.vit_export import ViTExport
-from exporters.whole_export import WholeExport
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
 from models.vit import ViTConfig
@@ -206,7 +206,7 @@ def _timms(folder: Path, name: str) -> tuple[Exportable, PreprocessSpec, int]:
 
 
 def _whole(found: WholeModel, model: torch.nn.Module) -> tuple[Exportable, PreprocessSpec, int]:
-    return WholeExport(found), found.preprocess, _count(model)
+    return export_of(found), found.preprocess, _count(model)
 
 
 def _count(model: torch.nn.Module) -> int:

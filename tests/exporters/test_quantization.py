@@ -218,6 +218,30 @@ def test_a_result_that_others_want_too_stays_what_it_was() -> None:
     assert 0 < np.abs(mine - theirs).max() < 0.05 * np.ptp(theirs)
 
 
+def test_an_output_of_the_graph_is_not_absorbed() -> None:
+    """What comes before the bias goes to the next stage as well."""
+    make = helper.make_node
+    nodes = [
+        make("Reshape", [PIXELS, "rows"], ["x0"]),
+        make("MatMul", ["x0", "w0"], ["asked"]),
+        make("Add", ["asked", "b0"], ["x1"]),
+        make("Tanh", ["x1"], ["x2"]),
+        make("Reshape", ["x2", "flat"], ["x3"]),
+        make("MatMul", ["x3", "w1"], [LOGITS]),
+    ]
+    weights = {"rows": np.array([0, 3, 64]), "w0": draw(64, 6), "b0": draw(6, 1)[:, 0]}
+    weights |= {"flat": np.array([0, 18]), "w1": draw(18, 4)}
+    model = graph(nodes, weights)
+    assert [layer.absorbed is None for layer in layers_of(model)] == [False]
+    model.graph.output.append(helper.make_tensor_value_info("asked", TensorProto.FLOAT, ["B", 3, 6]))
+
+    layers = layers_of(model)
+    int8 = quantized(model, layers, ranges_of(model, PICTURES))
+
+    assert [layer.absorbed for layer in layers] == [None]
+    assert set(run(int8, {PIXELS: PICTURES})) == {LOGITS, "asked"}
+
+
 @pytest.mark.parametrize("kind", ["two heads", "a convolution"])
 def test_what_classifies_stays_fp32(kind: str) -> None:
     """Two heads whose mean is taken; a 1 x 1 convolution that is pooled. A layer inside is INT8 nevertheless."""

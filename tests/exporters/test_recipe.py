@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -419,6 +420,31 @@ def test_options_that_do_not_go_together_are_refused(inputs: Path, tmp_path: Pat
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = CliRunner().invoke(exporter, [*arguments, "--checkpoint", str(tmp_path / "theirs")])
     assert "pip install 'fovea[transformers]'" in result.output
+
+
+@pytest.mark.skipif(not has_exact_int8(), reason="INT8 is not exact on this CPU")
+def test_a_published_version_is_made_int8_from_its_own_graphs(inputs: Path, tmp_path: Path) -> None:
+    """Stages, labels and preprocessing are as they were; fp32 is the same file; what is known of the weights goes along."""
+    first = recipe.run(replace(make_config(inputs, tmp_path), int8=False, data="ten drawings"))
+    arguments = ["quantize", "--model", "test_vit", "--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+    arguments += ["--repository", str(tmp_path), "--unlabelled"]
+
+    result = CliRunner().invoke(exporter, [*arguments, "--version", "2"])
+    lost = CliRunner().invoke(exporter, [*arguments, "--version", "3", "--from", "7"])
+
+    assert result.exit_code == 0, result.output
+    before, after = ModelManifest.load(first), ModelManifest.load(tmp_path / "test_vit" / "2")
+    assert [variant.name for variant in after.variants] == ["fp32", "int8"]
+    assert (after.stages, after.preprocess) == (before.stages, before.preprocess)
+    for index in range(3):
+        assert after.files[f"fp32/stage_{index}.onnx"] == before.files[f"fp32/stage_{index}.onnx"]
+        kinds = [node.op_type for node in onnx.load(tmp_path / "test_vit" / "2" / "int8" / f"stage_{index}.onnx").graph.node]
+        assert kinds.count("MatMulIntegerToFloat") == 8 + (index == 2)  # the class token's query is a layer of its own
+    assert (after.provenance["origin"], after.provenance["data"]) == ("test_vit version 1", "ten drawings")
+    assert after.provenance["weights_sha256"] == before.provenance["weights_sha256"]
+    assert "exporters quantize" in after.provenance["command"]
+    assert lost.exit_code == 1
+    assert "there is no model test_vit version 7" in lost.output
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from exporters.graphs_export import export_of
 from exporters.sources.base import SourceError
 from exporters.sources.onnx_file import OnnxSource
-from exporters.whole_export import WholeExport
 from exporters.whole_graph import run
 from models.manifest import LOGITS, PIXELS
 from tests.checkpoints import LABELS, SIDE, TOLD
@@ -54,9 +54,9 @@ def test_a_file_and_how_to_prepare_pictures_are_enough(tmp_path: Path, timms: Pa
     found = OnnxSource(file, timms, LABELS).load()
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
 
-    mine = run(WholeExport(found).graphs()[0], {PIXELS: pixels})[LOGITS]
+    mine = run(export_of(found).graphs()[0], {PIXELS: pixels})[LOGITS]
 
-    np.testing.assert_allclose(mine, WholeExport(found).answers(pixels)[0], atol=1e-4)
+    np.testing.assert_allclose(mine, export_of(found).answers(pixels)[0], atol=1e-4)
     told = TOLD["pretrained_cfg"]
     normal = ((pixels / 255 - np.array(told["mean"])) / np.array(told["std"])).transpose(0, 3, 1, 2).astype(np.float32)
     theirs = np.concatenate([run(onnx.load(file), {"x": normal[i : i + 1]})["p"] for i in range(3)])

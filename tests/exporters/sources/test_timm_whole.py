@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from exporters.graphs_export import export_of
 from exporters.sources.base import SourceError, WholeModel
 from exporters.sources.folder import from_folder
 from exporters.sources.timm_whole import TimmWholeSource
-from exporters.whole_export import WholeExport
 from exporters.whole_graph import run
 from models.manifest import LOGITS, PIXELS
 from models.weights import WeightsError
@@ -54,7 +54,7 @@ def test_a_folder_of_timm_is_built_filled_and_traced(folder: Path) -> None:
     found = source.load()
     assert isinstance(found, WholeModel)
     assert isinstance(source, TimmWholeSource)
-    export = WholeExport(found)
+    export = export_of(found)
     pixels = np.random.default_rng(1).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
 
     (graph,) = export.graphs()

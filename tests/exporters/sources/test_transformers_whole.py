@@ -13,10 +13,10 @@ import transformers
 
 from app.imaging.preprocess import preprocess
 from exporters.golden import golden_images
+from exporters.graphs_export import export_of
 from exporters.sources.base import SourceError, WholeModel
 from exporters.sources.transformers_whole import TransformersWholeSource, preprocessing
 from exporters.validation import normalised
-from exporters.whole_export import WholeExport
 from exporters.whole_graph import run
 from models.manifest import LOGITS, PIXELS
 from tests.families import CLASSES, FAMILIES, write_family
@@ -45,7 +45,7 @@ def test_every_family_answers_as_transformers_does(folder: Path, name: str) -> N
     pictures = [photo(90 + 13 * number, 121 - 6 * number, seed=number) for number in range(5)]
     with torch.no_grad():
         expected = network(**processor(pictures, return_tensors="pt")).logits.numpy()
-    (graph,) = WholeExport(found).graphs()
+    (graph,) = export_of(found).graphs()
     pixels = np.stack([preprocess(picture, found.preprocess) for picture in pictures])
 
     answers = {size: run(graph, {PIXELS: pixels[:size]})[LOGITS] for size in (1, 2, 5)}
@@ -55,7 +55,7 @@ def test_every_family_answers_as_transformers_does(folder: Path, name: str) -> N
     for size, answer in answers.items():
         # The service rounds once where the processor rounds twice: a grey level of some pixels.
         np.testing.assert_allclose(answer, expected[:size], atol=0.05 * np.ptp(expected))
-        np.testing.assert_allclose(answer, WholeExport(found).answers(pixels[:size])[0], atol=1e-4)
+        np.testing.assert_allclose(answer, export_of(found).answers(pixels[:size])[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_network_that_takes_bgr_gets_bgr(folder: Path) -> None:
             for x in (normalised(pixels, found.preprocess), normalised(pixels, found.preprocess).flip(1))
         )
 
-    answer = run(WholeExport(found).graphs()[0], {PIXELS: pixels})[LOGITS]
+    answer = run(export_of(found).graphs()[0], {PIXELS: pixels})[LOGITS]
 
     np.testing.assert_allclose(answer, turned, atol=1e-4)
     assert np.abs(answer - given).max() > 1e-3
