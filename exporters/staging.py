@@ -68,10 +68,14 @@ def stage_macs(stage: Stage, config: ViTConfig, count: int, *, last: bool) -> in
         prefix_only = last and number == len(stage.blocks) - 1 and asks_for_prefix_only(config)
         asking = num_prefix if prefix_only else count
         macs += 2 * count * config.width**2 + asking * 2 * config.width**2 + _gather_macs(config, asking, count)
+        if config.talking_heads:
+            macs += 2 * asking * count * config.num_heads**2
         if block.reduction is not None and not prefix_only:
             asking = count = num_prefix + block.reduction.keep
         macs += asking * 2 * config.width * config.hidden
-    return macs
+    # Class attention in the head: keys and values of all tokens, all else of one.
+    seen, width = count + 1, config.width
+    return macs + config.class_depth * (2 * seen * width**2 + 2 * width**2 + 2 * seen * width + 2 * width * config.hidden)
 
 
 def _gather_macs(config: ViTConfig, asking: int, count: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from app.types import Array
 from exporters.attention_graph import gather_tokens
 from exporters.graph_writer import (
-    UINT8_MAX,
     ActivationRange,
     GraphWriter,
     Quantization,
@@ -30,9 +28,10 @@ from exporters.graph_writer import (
     symmetric_int8,
 )
 from exporters.reduction_graph import Patches, reduce_patches
+from exporters.stem import Convolution, folded_convolutions, quantization_of_pixels
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
-from models.vit import Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+from models.vit import Block, ClassBlock, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
 
 
 def tokens_name(stage: int) -> str:
@@ -166,10 +165,10 @@ class _VitGraph(GraphWriter):
         INT8: bytes between the convolutions, whose rounding to the unsigned range is the ReLU. The pixels themselves are
         taken as bytes where one of them stands for zero, which padding needs; else the first convolution stays fp32.
         """
-        layers = [(f"stem.{number}", layer) for number, layer in enumerate(_folded(module))]
+        layers = [(f"stem.{number}", layer) for number, layer in enumerate(folded_convolutions(module))]
         x, known = PIXELS, None
         int8 = all(name in self.ranges for name, _ in layers)
-        if int8 and (known := _quantization_of_pixels(preprocess)) is not None:
+        if int8 and (known := quantization_of_pixels(preprocess)) is not None:
             x = self.node("Transpose", PIXELS, perm=[0, 3, 1, 2])
             layers[0][1].weight /= np.array(preprocess.std, dtype=np.float32).reshape(1, 3, 1, 1)
         else:
@@ -188,7 +187,7 @@ class _VitGraph(GraphWriter):
             return x
         return self.node("DequantizeLinear", x, *self.quantization("stem.output", known))
 
-    def quantized_convolution(self, name: str, x: str, known: Quantization, layer: _Convolution) -> tuple[str, Quantization]:
+    def quantized_convolution(self, name: str, x: str, known: Quantization, layer: Convolution) -> tuple[str, Quantization]:
         """A convolution of bytes to bytes; `known` and what is returned beside the name are scale and zero point."""
         weight, weight_scale = symmetric_int8(layer.weight, axis=(1, 2, 3), at_least=bias_scale(layer.bias, known[0]))
         bias = quantized_bias(layer.bias, known[0] * weight_scale)
@@ -255,10 +254,14 @@ class _VitGraph(GraphWriter):
             mixed = gather_tokens(self, f"{name}.gather", module.attn.gather, q, k, v)
         else:
             weights = self.node("MatMul", q, k)  # (B, heads, N or P, N)
+            if module.attn.proj_l is not None:
+                weights = self.across_heads(f"{name}.proj_l", module.attn.proj_l, weights)
             if tokens.sizes:  # proportional attention: + log(size) of what is looked at
                 looked_at = self.node("Transpose", self.node("Log", tokens.sizes), perm=[0, 2, 1])  # (B, 1, N)
                 weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
             weights = self.node("Softmax", weights, axis=-1)
+            if module.attn.proj_w is not None:
+                weights = self.across_heads(f"{name}.proj_w", module.attn.proj_w, weights)
             mixed = self.node("MatMul", weights, v)
         mixed = self.node("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
@@ -270,13 +273,52 @@ class _VitGraph(GraphWriter):
 
         return attended, patches
 
+    def across_heads(self, name: str, module: nn.Linear, weights: str) -> str:
+        """Each new head a mixture of all: a convolution of one pixel, heads for channels."""
+        kernel = module.weight.detach().numpy()[:, :, None, None]
+        names = self.weight(f"{name}.weight", kernel), self.weight(f"{name}.bias", module.bias)
+        return self.node("Conv", weights, *names, kernel_shape=[1, 1])
+
+    def class_attention(self, name: str, module: ClassBlock, token: str, patches: str) -> str:
+        """Class token (B, 1, D) behind a block of class attention."""
+        heads, width = module.attn.num_heads, module.attn.q.in_features
+        x = self.norm(f"{name}.norm1", module.norm1, self.node("Concat", token, patches, axis=1))
+        parts = {part: _matrix(getattr(module.attn, part)) for part in "qkv"}
+        scale = np.float32(np.sqrt(width // heads))
+        q = self.linear(f"{name}.attn.q", self.slice(x, 0, 1, axis=1), parts["q"][0] / scale, parts["q"][1] / scale)
+        weight, bias = (np.concatenate([parts["k"][i], parts["v"][i]], axis=-1) for i in (0, 1))
+        names = [f"{name}.attn.k", f"{name}.attn.v"]
+        self.split(self.linear(f"{name}.attn.kv", x, weight, bias), names, width)
+        shape = self.constant([0, 0, heads, width // heads])
+        q, k, v = (
+            self.node("Transpose", self.node("Reshape", part, shape), perm=perm)
+            for part, perm in ((q, [0, 2, 1, 3]), (names[0], [0, 2, 3, 1]), (names[1], [0, 2, 1, 3]))
+        )
+        weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)
+        mixed = self.node("Transpose", self.node("MatMul", weights, v), perm=[0, 2, 1, 3])
+        mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
+        token = self.node("Add", token, self.linear(f"{name}.attn.proj", mixed, *_matrix(module.attn.proj)))
+        hidden = self.norm(f"{name}.norm2", module.norm2, token)
+        hidden = self.node("Gelu", self.linear(f"{name}.mlp.fc1", hidden, *_matrix(module.mlp.fc1)), approximate="none")
+        return self.node("Add", token, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2)))
+
     def split(self, x: str, parts: Sequence[str], width: int) -> None:
         """The last axis in parts of `width`, each called as told."""
         self.nodes("Split", [x, self.constant([width] * len(parts))], parts, axis=-1)
 
     def head(self, module: Head, x: str) -> str:
-        """Tokens -> logits, always fp32: it is tiny, and confidences come from it."""
-        if module.num_prefix_tokens:  # the norm is per token, so the others need none
+        """Tokens -> logits; what classifies is always fp32: it is tiny, and confidences come from it."""
+        if module.cls_token is not None:
+            # The token for every image: a row of zeros in front of the patches, taken alone, and the token added.
+            padded = self.node("Pad", x, self.constant([0, 1, 0, 0, 0, 0]))
+            zero = self.slice(padded, 0, 1, axis=1)
+            token = self.node("Add", zero, self.weight("head.cls_token", module.cls_token))
+            for number, block in enumerate(module.class_blocks):
+                if not isinstance(block, ClassBlock):
+                    raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
+                token = self.class_attention(f"head.class_blocks.{number}", block, token, x)
+            x = self.node("Flatten", self.norm("head.norm", module.norm, token))
+        elif module.num_prefix_tokens:  # the norm is per token, so the others need none
             x = self.norm("head.norm", module.norm, self.slice(x, 0, module.num_prefix_tokens, axis=1))
             x = self.node("Flatten", x)  # (B, P * D)
         else:
@@ -295,40 +337,3 @@ def _vector(value: Tensor | None) -> Tensor:
     if value is None:
         raise TypeError("the patch projection has no bias")
     return value
-
-
-@dataclass(slots=True)
-class _Convolution:
-    """A square convolution that keeps the size but for its stride; ReLU follows."""
-
-    weight: Array  # float32 (out, in, k, k)
-    bias: Array  # float32 (out,)
-    stride: int
-
-    def attributes(self) -> dict[str, Any]:
-        side = self.weight.shape[-1]
-        return {"kernel_shape": [side, side], "strides": [self.stride] * 2, "pads": [side // 2] * 4}
-
-
-def _folded(module: ConvStem) -> list[_Convolution]:
-    """Each convolution with its batch norm in evaluation mode inside."""
-    folded = []
-    for index in range(0, len(module.layers), 3):
-        conv, norm = module.layers[index], module.layers[index + 1]
-        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
-            raise TypeError("the conv stem must be convolution, batch norm, ReLU in turn")
-        if norm.running_mean is None or norm.running_var is None:
-            raise TypeError("the batch norm has no running statistics")
-        gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach().numpy()
-        bias = norm.bias.detach().numpy() - norm.running_mean.numpy() * gain
-        folded.append(_Convolution(conv.weight.detach().numpy() * gain.reshape(-1, 1, 1, 1), bias, conv.stride[0]))
-    return folded
-
-
-def _quantization_of_pixels(preprocess: PreprocessSpec) -> Quantization | None:
-    """Scale and zero point with which bytes are the normalised pixels (but for the division by std); None if there are none."""
-    zeros = {mean / preprocess.scale for mean in preprocess.mean}
-    zero = round(next(iter(zeros)))
-    if preprocess.layout != "uint8_nhwc" or not 0 <= zero <= UINT8_MAX or any(abs(z - zero) > 1e-3 for z in zeros):
-        return None
-    return np.float32(preprocess.scale), np.uint8(zero)

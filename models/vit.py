@@ -8,6 +8,9 @@ Departures, chosen by the configuration:
 - `pooling="cls_dist"`: a distillation token beside the class token, a classifier on each and their mean as the answer (Touvron
   et al., DeiT, ICML 2021). Here it is one linear layer over both tokens, which is the same.
 - `pooling="mean"`: the heads see the mean of the patch tokens and there is no class token (as in section D.3 of the paper).
+- `pooling="class_attention"`: a class token appears only in the head, where it looks at the patches in blocks of its own; with
+  `talking_heads` the heads of attention mix before and after the softmax (Touvron et al., CaiT, ICCV 2021; Shazeer et al.,
+  Talking-Heads Attention, 2020).
 
 Parameter names follow timm where both have the part, so that its checkpoints can be read.
 """
@@ -39,13 +42,19 @@ class ViTConfig:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
-    pooling: Literal["cls", "cls_dist", "mean"] = "cls"
+    pooling: Literal["cls", "cls_dist", "mean", "class_attention"] = "cls"
+    class_depth: int = 0  # blocks of class attention in a head
+    talking_heads: bool = False
     norm_eps: float = LAYER_NORM_EPS
     stem: tuple[tuple[int, int], ...] = ()  # (channels, stride) of each 3 x 3 convolution; none: one projection per patch
     attention: Literal["softmax", "linformer", "performer", "nystromformer"] = "softmax"
     attention_rank: int = 0  # of the last three: how many mixtures, features or landmarks
 
     def __post_init__(self) -> None:
+        if (self.pooling == "class_attention") != (self.class_depth > 0):
+            raise ValueError(f"class_depth {self.class_depth} does not go with {self.pooling} pooling")
+        if self.talking_heads and self.attention != "softmax":
+            raise ValueError(f"{self.attention} attention has no weights that heads could talk about")
         if (self.attention == "softmax") != (self.attention_rank == 0):
             raise ValueError(f"attention_rank {self.attention_rank} does not go with {self.attention} attention")
         strides = math.prod(stride for _, stride in self.stem)
@@ -61,7 +70,7 @@ class ViTConfig:
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches, which the heads see: class, and distillation."""
-        return {"cls": 1, "cls_dist": 2, "mean": 0}[self.pooling]
+        return {"cls": 1, "cls_dist": 2, "mean": 0, "class_attention": 0}[self.pooling]
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +123,8 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.proj_l = nn.Linear(num_heads, num_heads) if config.talking_heads else None  # of logits, before the softmax
+        self.proj_w = nn.Linear(num_heads, num_heads) if config.talking_heads else None  # of weights, behind it
         self.gather: nn.Module | None = None  # softmax attention, written out below
         if config.attention != "softmax":
             self.gather = GATHERS[config.attention](config.num_tokens, width // num_heads, config.attention_rank)
@@ -138,11 +149,57 @@ class Attention(nn.Module):
             return self.proj(gathered), None, k.mean(dim=1)
         # Written out: at 64 tokens, forward and backward on a CPU in bf16, torch's fused kernel takes four times as long.
         weights = (q * (width // self.num_heads) ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
+        if self.proj_l is not None:
+            weights = _across_heads(self.proj_l, weights)
         if sizes is not None:
             weights = weights + sizes.log().transpose(1, 2).unsqueeze(1)
         weights = weights.softmax(dim=-1)
+        if self.proj_w is not None:
+            weights = _across_heads(self.proj_w, weights)
         x = weights @ v
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width)), weights, k.mean(dim=1)
+
+
+def _across_heads(linear: nn.Linear, weights: Tensor) -> Tensor:
+    """(B, heads, N, N), each new head a mixture of all."""
+    return linear(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+class ClassAttention(nn.Module):
+    """What a class token gathers from itself and the patches."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.width, config.width)
+        self.k = nn.Linear(config.width, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class token and patches (B, 1 + N, D) -> (B, 1, D)."""
+        q, k, v = (
+            part(of).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, 1 or 1 + N, d)
+            for part, of in ((self.q, x[:, :1]), (self.k, x), (self.v, x))
+        )
+        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ClassBlock(nn.Module):
+    """A block that changes the class token alone."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = ClassAttention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = Mlp(config.width, config.hidden)
+
+    def forward(self, token: Tensor, patches: Tensor) -> Tensor:
+        """Class token (B, 1, D), patches (B, N, D) -> class token."""
+        token = token + self.attn(self.norm1(torch.cat([token, patches], dim=1)))
+        return token + self.mlp(self.norm2(token))  # type: ignore[no-any-return]
 
 
 class Mlp(nn.Module):
@@ -205,10 +262,17 @@ class Head(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.num_prefix_tokens = config.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width)) if config.class_depth else None
+        self.class_blocks = nn.ModuleList(ClassBlock(config) for _ in range(config.class_depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.fc = nn.Linear(config.width * max(1, self.num_prefix_tokens), config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.cls_token is not None:
+            token = self.cls_token.expand(len(x), -1, -1)
+            for block in self.class_blocks:
+                token = block(token, x)
+            x = token
         x = self.norm(x)
         x = x[:, : self.num_prefix_tokens].flatten(1) if self.num_prefix_tokens else x.mean(dim=1)
         return self.fc(x)  # type: ignore[no-any-return]

@@ -151,3 +151,72 @@ def write_transformers_folder(folder: Path, state: dict[str, Tensor], model_type
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+
+
+def cait_checkpoint(*, class_depth: int = 2) -> dict[str, Tensor]:
+    """Random tensors under timm's names of CaiT: talking heads, LayerScale, blocks of class attention."""
+    state = checkpoint(class_position=False)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    for number in range(DEPTH):
+        block = f"blocks.{number}"
+        for name in ("proj_l", "proj_w"):
+            state |= {
+                f"{block}.attn.{name}.weight": torch.eye(HEADS) + draw(HEADS, HEADS),
+                f"{block}.attn.{name}.bias": draw(HEADS),
+            }
+        state |= {f"{block}.gamma_1": draw(WIDTH), f"{block}.gamma_2": draw(WIDTH)}
+    for number in range(class_depth):
+        block = f"blocks_token_only.{number}"
+        shapes = {
+            **{f"attn.{part}": (WIDTH, WIDTH) for part in ("q", "k", "v", "proj")},
+            "mlp.fc1": (64, WIDTH),
+            "mlp.fc2": (WIDTH, 64),
+        }
+        for name, shape in shapes.items():
+            state |= {f"{block}.{name}.weight": draw(*shape), f"{block}.{name}.bias": draw(shape[0])}
+        for name in ("norm1", "norm2"):
+            state |= {f"{block}.{name}.weight": 1 + draw(WIDTH), f"{block}.{name}.bias": draw(WIDTH)}
+        state |= {f"{block}.gamma_1": draw(WIDTH), f"{block}.gamma_2": draw(WIDTH)}
+    return state
+
+
+def cait_answer(state: dict[str, Tensor], image: Tensor, eps: float = 1e-6) -> Tensor:
+    """What the paper says, written out from timm's names: logits (B, C)."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (WIDTH,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+    def mixed(x: Tensor, name: str) -> Tensor:
+        return torch.einsum("bhij,gh->bgij", x, state[f"{name}.weight"]) + state[f"{name}.bias"].view(1, -1, 1, 1)
+
+    x = F.conv2d(image, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH)
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
+    for number in range(DEPTH):
+        block = f"blocks.{number}"
+        q, k, v = (heads(part) for part in linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1))
+        weights = mixed(q @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5, f"{block}.attn.proj_l")
+        weights = mixed(weights.softmax(-1), f"{block}.attn.proj_w")
+        y = linear((weights @ v).transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        x = x + state[f"{block}.gamma_1"] * y
+        y = linear(F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+        x = x + state[f"{block}.gamma_2"] * y
+    token = state["cls_token"].expand(len(x), -1, -1)
+    for number in range(len({name.split(".")[1] for name in state if name.startswith("blocks_token_only.")})):
+        block = f"blocks_token_only.{number}"
+        seen = norm(torch.cat([token, x], dim=1), f"{block}.norm1")
+        q, k, v = (heads(linear(of, f"{block}.attn.{part}")) for part, of in (("q", seen[:, :1]), ("k", seen), ("v", seen)))
+        weights = (q @ k.transpose(-2, -1) * (WIDTH // HEADS) ** -0.5).softmax(-1)
+        token = token + state[f"{block}.gamma_1"] * linear((weights @ v).transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        y = linear(F.gelu(linear(norm(token, f"{block}.norm2"), f"{block}.mlp.fc1")), f"{block}.mlp.fc2")
+        token = token + state[f"{block}.gamma_2"] * y
+    return F.linear(norm(token, "norm")[:, 0], state["head.weight"], state["head.bias"])

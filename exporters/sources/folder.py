@@ -14,7 +14,7 @@ from exporters.sources.transformers_whole import TransformersWholeSource
 WANTED = [CONFIG, PREPROCESSOR, *WEIGHTS]
 FAMILIES = ("vit", "deit")  # transformers' `model_type`s that become a network of our own, with stages
 
-OWN = ("vit_", "deit")  # how timm's architectures begin that do
+OWN = ("vit_", "deit", "cait")  # how timm's architectures begin that do
 
 
 def find(name: str) -> Path:

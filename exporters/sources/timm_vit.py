@@ -1,6 +1,7 @@
 """Vision Transformers as timm keeps them: a state dict, and the `config.json` that lies beside it.
 
-ViT (Dosovitskiy et al., ICLR 2021), DeiT and distilled DeiT (Touvron et al., ICML 2021), DeiT III (Touvron et al., ECCV 2022).
+ViT (Dosovitskiy et al., ICLR 2021), DeiT and distilled DeiT (Touvron et al., ICML 2021), DeiT III (Touvron et al., ECCV 2022),
+CaiT (Touvron et al., ICCV 2021).
 Preprocessing comes from the configuration; nothing is assumed where it says nothing.
 """
 
@@ -73,7 +74,8 @@ class TimmSource:
             raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
         state = load_state_dict(self.weights)
         width = width_of(state)
-        num_heads = told.model_args.get("num_heads", HEADS.get(width))
+        talking = state.get("blocks.0.attn.proj_l.weight")  # CaiT's own tell it
+        num_heads = told.model_args.get("num_heads", HEADS.get(width) if talking is None else len(talking))
         if num_heads is None:
             where = f"num_heads in model_args of {self.config.name}"
             raise SourceError(f"say how many heads a network of width {width} has: {where}")

@@ -1,4 +1,4 @@
-"""A plain Vision Transformer out of a state dict under timm's names: what the readers of several formats have in common.
+"""A Vision Transformer out of a state dict under timm's names: what the readers of several formats have in common.
 
 What is only another way of writing the same numbers is folded into the weights: LayerScale, a class token without position,
 the two classifiers of distilled DeiT.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +21,10 @@ from models.multi_exit import MultiExitViT
 from models.vit import LAYER_NORM_EPS, ViTConfig
 from models.weights import WeightsError
 
+CAIT = "blocks_token_only.0.norm1.weight"  # a tensor that only class attention has
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 BLOCK_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+CLASS_LAYERS = ("norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 BLOCK_TENSORS = tuple(f"{layer}.{kind}" for layer in BLOCK_LAYERS for kind in ("weight", "bias"))
 
 
@@ -71,8 +73,11 @@ def network_of(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) 
 
 def _config_of(state: dict[str, Tensor], told: Told) -> ViTConfig:
     width = width_of(state)
-    if "dist_token" in state:
-        pooling: Literal["cls", "cls_dist", "mean"] = "cls_dist"
+    pooling: Literal["cls", "cls_dist", "mean", "class_attention"]
+    if CAIT in state:
+        pooling = "class_attention"
+    elif "dist_token" in state:
+        pooling = "cls_dist"
     else:
         pooling = "cls" if "cls_token" in state and "fc_norm.weight" not in state else "mean"
     return ViTConfig(
@@ -84,6 +89,8 @@ def _config_of(state: dict[str, Tensor], told: Told) -> ViTConfig:
         num_classes=told.num_classes,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         pooling=pooling,
+        class_depth=len({name.split(".")[1] for name in state if name.startswith("blocks_token_only.")}),
+        talking_heads="blocks.0.attn.proj_l.weight" in state,
         norm_eps=told.norm_eps,
     )
 
@@ -105,22 +112,28 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
         "stages.0.embedding.patch_embed.proj.bias": take("patch_embed.proj.bias", (config.width,)),
     }
     prefix = [take(name, (1, 1, config.width)) for name in ("cls_token", "dist_token") if name in left]
+    head = f"stages.{len(boundaries) - 1}.head"
     if config.num_prefix_tokens:
         found["stages.0.embedding.cls_token"] = torch.cat(prefix, dim=1)
+    elif config.pooling == "class_attention":
+        found[f"{head}.cls_token"] = torch.cat(prefix, dim=1)
     found["stages.0.embedding.pos_embed"] = _positions(take("pos_embed"), config)
     starts = (0, *boundaries[:-1])
     for number in range(config.depth):
         stage = max(index for index, start in enumerate(starts) if start <= number)
         tensors = {name: take(f"blocks.{number}.{name}") for name in BLOCK_TENSORS}
-        for branch, last in (("1", "attn.proj"), ("2", "mlp.fc2")):
-            for name in (f"blocks.{number}.ls{branch}.gamma", f"blocks.{number}.gamma_{branch}"):
-                if name in left:  # LayerScale (Touvron et al., CaiT, ICCV 2021): a factor on what the branch gives
-                    gamma = take(name, (config.width,))
-                    tensors[f"{last}.weight"] *= gamma.unsqueeze(1)
-                    tensors[f"{last}.bias"] *= gamma
+        if config.talking_heads:
+            heads = {"weight": (config.num_heads,) * 2, "bias": (config.num_heads,)}
+            names = [(f"attn.{part}.{kind}", shape) for part in ("proj_l", "proj_w") for kind, shape in heads.items()]
+            tensors |= {name: take(f"blocks.{number}.{name}", shape) for name, shape in names}
+        _fold_layer_scale(tensors, f"blocks.{number}", left, take, config.width)
         for name, value in tensors.items():
             found[f"stages.{stage}.blocks.{number - starts[stage]}.{name}"] = value
-    head = f"stages.{len(boundaries) - 1}.head"
+    for number in range(config.class_depth):
+        block = f"blocks_token_only.{number}"
+        tensors = {f"{layer}.{kind}": take(f"{block}.{layer}.{kind}") for layer in CLASS_LAYERS for kind in ("weight", "bias")}
+        _fold_layer_scale(tensors, block, left, take, config.width)
+        found |= {f"{head}.class_blocks.{number}.{name}": value for name, value in tensors.items()}
     norm = "fc_norm" if "fc_norm.weight" in left else "norm"
     found |= {f"{head}.norm.{kind}": take(f"{norm}.{kind}", (config.width,)) for kind in ("weight", "bias")}
     shape = (config.num_classes, config.width)
@@ -135,6 +148,18 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
     if left:
         raise WeightsError(f"no use is known for {', '.join(sorted(left)[:8])}: this is another network than a plain ViT")
     return found
+
+
+def _fold_layer_scale(
+    tensors: dict[str, Tensor], block: str, left: dict[str, Tensor], take: Callable[..., Tensor], width: int
+) -> None:
+    """LayerScale (Touvron et al., CaiT, ICCV 2021): a factor on what a branch gives goes into its last layer."""
+    for branch, last in (("1", "attn.proj"), ("2", "mlp.fc2")):
+        for name in (f"{block}.ls{branch}.gamma", f"{block}.gamma_{branch}"):
+            if name in left:
+                gamma = take(name, (width,))
+                tensors[f"{last}.weight"] *= gamma.unsqueeze(1)
+                tensors[f"{last}.bias"] *= gamma
 
 
 def _positions(positions: Tensor, config: ViTConfig) -> Tensor:

@@ -316,3 +316,32 @@ def test_token_reduction_needs_softmax_attention() -> None:
     config = ViTConfig(32, 4, 32, 3, 4, 5, mlp_ratio=2.0, attention="performer", attention_rank=6)
     with pytest.raises(ScheduleError, match="the network has performer"):
         apply_schedule(MultiExitViT(config, (3,)), ReductionSchedule.parse("tome:3", 3, 64))
+
+
+@pytest.mark.parametrize("boundaries", [(3,), (1, 3)])
+def test_class_attention_and_talking_heads_equal_pytorch(boundaries: tuple[int, ...]) -> None:
+    """CaiT: fp32, INT8 near it, with fewer tokens, and multiply-adds as in the graph."""
+    torch.manual_seed(0)
+    config = ViTConfig(32, 4, 32, 3, 4, 5, mlp_ratio=2.0, pooling="class_attention", class_depth=2, talking_heads=True)
+    model, spec = MultiExitViT(config, boundaries).eval(), ZOO["test_vit"].preprocess
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.2)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    for stage in model.stages:
+        torch.nn.init.normal_(stage.head.cls_token)
+    colours = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    pixels = np.kron(colours, np.ones((1, 4, 4, 1), np.uint8))  # a patch is a colour: no two are nearly as alike as another two
+    told = stage_specs(model, spec)[0].gmacs
+    assert told == pytest.approx(multiply_adds(graphs(model, spec)[0]) / 1e9, rel=1e-6)
+    for reduction in (None, "tome:9"):
+        if reduction:
+            apply_schedule(model, ReductionSchedule.parse(reduction, 3, 64))
+        with torch.no_grad():
+            expected = [logits.numpy() for logits in model(normalised(pixels, spec))]
+        for size in (1, 5):
+            for mine, theirs in zip(run_chain(graphs(model, spec), pixels[:size]), expected, strict=True):
+                np.testing.assert_allclose(mine, theirs[:size], atol=1e-3)
+    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8 = run_chain(graphs(model, spec, ranges=ranges), pixels)[-1]
+    assert 0 < np.abs(int8 - expected[-1]).max() < 0.3 * np.ptp(expected[-1])

@@ -98,3 +98,14 @@ def test_head_pools_after_the_norm() -> None:
     torch.testing.assert_close(head(x), head.fc(head.norm(x)[:, 0]))
     mean = Head(ViTConfig(32, 8, 48, 2, 3, 7, pooling="mean"))
     torch.testing.assert_close(mean(x), mean.fc(mean.norm(x).mean(1)))
+
+
+def test_sizes_that_do_not_go_together_are_refused() -> None:
+    """Class attention without blocks, blocks without it, and heads that have no weights to talk about."""
+    for more, words in (
+        ({"pooling": "class_attention"}, "class_depth 0 does not go with class_attention"),
+        ({"class_depth": 2}, "class_depth 2 does not go with"),
+        ({"talking_heads": True, "attention": "performer", "attention_rank": 4}, "performer attention has no weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(CONFIG, **more)

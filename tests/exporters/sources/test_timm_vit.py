@@ -13,7 +13,7 @@ from torch import Tensor
 from exporters.sources.base import SourceError
 from exporters.sources.timm_vit import TimmSource
 from models.weights import WeightsError
-from tests.checkpoints import LABELS, SIDE, TOLD, WIDTH, answer, checkpoint, write_checkpoint
+from tests.checkpoints import LABELS, SIDE, TOLD, WIDTH, answer, cait_answer, cait_checkpoint, checkpoint, write_checkpoint
 
 
 def source(folder: Path, state: dict[str, Tensor], told: dict[str, Any] | None = None) -> TimmSource:
@@ -36,6 +36,22 @@ def test_the_network_answers_as_the_paper_says(tmp_path: Path, kind: dict[str, b
         (logits,) = network.model(image)
 
     torch.testing.assert_close(logits, answer(state, image), rtol=1e-4, atol=1e-4)
+
+
+def test_cait_answers_as_the_paper_says(tmp_path: Path) -> None:
+    """Heads that talk, class attention in the head; how many heads there are is told by what they say to each other."""
+    told = {**TOLD, "architecture": "cait_nano_16", "model_args": {}}
+    state = cait_checkpoint()
+    network = source(tmp_path, state, told).load()
+    image = torch.randn(3, 3, SIDE, SIDE)
+
+    with torch.no_grad():
+        (logits,) = network.model(image)
+
+    torch.testing.assert_close(logits, cait_answer(state, image), rtol=1e-4, atol=1e-4)
+    assert network.model.config.num_heads == 4
+    with pytest.raises(WeightsError, match=r"lacks blocks_token_only.1.attn.q.weight"):
+        source(tmp_path, {k: v for k, v in state.items() if k != "blocks_token_only.1.attn.q.weight"}, told).load()
 
 
 def test_preprocessing_is_the_checkpoints_own(tmp_path: Path) -> None:
