@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import onnx
 from pydantic import ValidationError
+from torch import Tensor
 
 from app.types import FloatArray
 from models.manifest import PreprocessSpec, StageSpec
 from models.multi_exit import MultiExitViT
+from models.vit_state import Told, network_of
+from models.weights import WeightsError
 
 
 class SourceError(ValueError):
@@ -70,6 +73,21 @@ class Source(Protocol):
             SourceError, WeightsError: it cannot be used.
         """
         ...
+
+
+def own_network(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) -> MultiExitViT:
+    """`models.vit_state.network_of`, for a user.
+
+    Raises:
+        SourceError: the boundaries do not fit the depth.
+        WeightsError: the state dict does not fit.
+    """
+    try:
+        return network_of(state, told, boundaries)
+    except WeightsError:
+        raise
+    except ValueError as error:
+        raise SourceError(str(error)) from error
 
 
 def faults_of(error: ValidationError) -> str:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from exporters.sources.base import Network, SourceError, faults_of
-from exporters.sources.vit_state import Told, network_of, width_of
+from exporters.sources.base import Network, SourceError, faults_of, own_network
 from models.manifest import PreprocessSpec
+from models.vit_state import Told, width_of
 from models.weights import load_state_dict, sha256_of
 
 # Heads by width, of the sizes that the papers name; others must be told (`model_args` of the configuration).
@@ -80,7 +80,7 @@ class TimmSource:
             where = f"num_heads in model_args of {self.config.name}"
             raise SourceError(f"say how many heads a network of width {width} has: {where}")
         asked = Told(told.pretrained_cfg.input_size[1], num_heads, told.num_classes)
-        model = network_of(state, asked, self.boundaries)
+        model = own_network(state, asked, self.boundaries)
         return Network(
             model,
             timm_preprocessing(told.pretrained_cfg),

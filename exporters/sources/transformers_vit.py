@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from exporters.sources.base import Network, SourceError, faults_of
-from exporters.sources.vit_state import Told, network_of
+from exporters.sources.base import Network, SourceError, faults_of, own_network
 from models.manifest import PreprocessSpec
+from models.vit_state import Told
 from models.weights import load_state_dict, sha256_of
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -105,7 +105,7 @@ class TransformersSource:
         if weights is None:
             raise SourceError(f"{self.folder.name} holds neither {' nor '.join(WEIGHTS)}")
         told = Told(config.image_size, config.num_attention_heads, len(labels), config.layer_norm_eps)
-        model = network_of(under_timms_names(load_state_dict(weights)), told, self.boundaries)
+        model = own_network(under_timms_names(load_state_dict(weights)), told, self.boundaries)
         return Network(model, spec, labels, sha256_of(weights), self.folder.name, has_exits=len(model.stages) == 1)
 
     def labels(self) -> tuple[str, ...]:

@@ -11,21 +11,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.training.config import StudentConfig, TeacherConfig
+from models.training.config import PretrainedTeacherConfig, RunConfig, StudentConfig, TeacherConfig
 from models.training.data import Split, join, load, read_photos, to_tensor, write_held_out
 from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
+from models.training.teacher import PretrainedTeacher
 from models.training.whitening import whiten
-from models.zoo import ZOO
+from models.vit_state import width_of
+from models.weights import load_state_dict
+from models.zoo import ZOO, ZooEntry
 
 HELD_OUT = "held_out.zip"
 WHITENING_IMAGES = 4000
+HEAD_WIDTH = 64  # of ViT and DeiT
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write `teacher/`, `network/` and `held_out.zip`, and print the test accuracy of each exit."""
-    teacher_config, student_config = TeacherConfig(), StudentConfig()
+    student_config = StudentConfig()
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.zip and test.zip, <class>/<n>.jpg inside")
     parser.add_argument("--run-dir", type=Path, required=True, help="where checkpoints, logs and curves go; outside git")
@@ -43,9 +47,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--teacher-epochs",
         type=int,
-        default=teacher_config.epochs,
-        help=f"of a convolutional teacher, before; default {teacher_config.epochs}; 0: the last exit teaches the others",
+        help=f"of a teacher, before; default {TeacherConfig().epochs}, {PretrainedTeacherConfig().epochs} of one with weights; "
+        "0: the last exit teaches the others",
     )
+    parser.add_argument(
+        "--teacher-weights",
+        type=Path,
+        help="a Vision Transformer under timm's names, fitted to the classes and learned from instead of a convolutional one",
+    )
+    parser.add_argument("--teacher-config", type=Path, help="its config.json, as timm writes it: mean, std, heads")
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
     if arguments.threads:
@@ -61,14 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     write_held_out(arguments.data / "train.zip", arguments.run_dir / HELD_OUT)
 
-    teacher = None
-    if arguments.teacher_epochs:
-        teacher_config = replace(teacher_config, epochs=arguments.teacher_epochs, seed=arguments.seed)
-        teacher = TeacherLearner(teacher_config, entry)
-        start_white(teacher, data)
-        fit(teacher, teacher_config, data, held_out, arguments.run_dir / "teacher", "teacher")
-        teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
-        print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=teacher_config.bf16)[0]:.2f} %")
+    teacher = _taught(arguments, parser, entry, data, held_out)
+    if teacher is not None:
+        print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=student_config.bf16)[0]:.2f} %")
 
     student_config = replace(
         student_config,
@@ -87,6 +92,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
+
+
+def _taught(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, entry: ZooEntry, data: Split, held_out: Split
+) -> TeacherLearner | None:
+    """The teacher, trained to its end; None where none is wanted."""
+    if arguments.teacher_epochs == 0:
+        return None
+    config: RunConfig = TeacherConfig() if arguments.teacher_weights is None else PretrainedTeacherConfig()
+    config = replace(config, epochs=arguments.teacher_epochs or config.epochs, seed=arguments.seed)
+    if isinstance(config, PretrainedTeacherConfig):
+        if arguments.teacher_config is None:
+            parser.error("with --teacher-weights say --teacher-config, timm's config.json")
+        model = pretrained_teacher(arguments.teacher_weights, arguments.teacher_config, entry, config.side)
+        teacher = TeacherLearner(config, entry, model)
+    else:
+        teacher = TeacherLearner(config, entry)
+        start_white(teacher, data)
+    fit(teacher, config, data, held_out, arguments.run_dir / "teacher", "teacher")
+    teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
+    return teacher
+
+
+def pretrained_teacher(weights: Path, config: Path, entry: ZooEntry, side: int) -> PretrainedTeacher:
+    """Of a timm checkpoint; heads are those of its configuration, or as wide as in the papers."""
+    told = json.loads(config.read_text())
+    state = load_state_dict(weights)
+    seen = told["pretrained_cfg"]
+    num_heads = told.get("model_args", {}).get("num_heads", width_of(state) // HEAD_WIDTH)
+    ours = (entry.preprocess.mean, entry.preprocess.std)
+    theirs = (seen["mean"], seen["std"])
+    return PretrainedTeacher(state, len(entry.labels), side=side, num_heads=num_heads, ours=ours, theirs=theirs)
 
 
 def start_white(learner: Learner, data: Split) -> None:

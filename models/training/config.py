@@ -18,6 +18,7 @@ class RunConfig:
     warmup_fraction: float = 0.1
     label_smoothing: float = 0.1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    muon: bool = True  # for kernels and the blocks' matrices; AdamW for all where not
     seed: int = 0
     bf16: bool = True
 
@@ -30,6 +31,18 @@ class TeacherConfig(RunConfig):
     batch_size: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainedTeacherConfig(RunConfig):
+    """A teacher that was trained elsewhere: few epochs, small steps, AdamW for all."""
+
+    epochs: int = 4
+    batch_size: int = 128
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.05
+    muon: bool = False
+    side: int = 128  # pixels that it sees
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from models.training.config import RunConfig, StudentConfig, TeacherConfig
+from models.training.config import RunConfig, StudentConfig
 from models.training.teacher import ConvTeacher
 from models.zoo import ZooEntry, create_model
 
 
 class TeacherLearner:
-    """Cross-entropy on the labels."""
+    """Cross-entropy on the labels; a convolutional network, unless another is given."""
 
-    def __init__(self, config: TeacherConfig, entry: ZooEntry) -> None:
+    def __init__(self, config: RunConfig, entry: ZooEntry, model: nn.Module | None = None) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.model: nn.Module = ConvTeacher(len(entry.labels))
+            self.model: nn.Module = ConvTeacher(len(entry.labels)) if model is None else model
         self.mean, self.std = entry.preprocess.mean, entry.preprocess.std
         self.num_classes = len(entry.labels)
         self._config = config
@@ -126,15 +126,16 @@ class Optimizing:
 
     def __init__(self, model: nn.Module, named: Sequence[tuple[str, nn.Parameter]], config: RunConfig) -> None:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
-        self._kernels = [(p, _as_matrix(p)) for _, p in named if p.ndim == 4 and p.shape[1] > 3]
-        matrices = [(name, p) for name, p in named if ".blocks." in name and p.ndim == 2]
+        self._kernels = [(p, _as_matrix(p)) for _, p in named if config.muon and p.ndim == 4 and p.shape[1] > 3]
+        matrices = [(name, p) for name, p in named if config.muon and ".blocks." in name and p.ndim == 2]
         taken = {id(p) for _, p in matrices} | {id(p) for p, _ in self._kernels}
         muon = [*matrices, *(("kernel", matrix) for _, matrix in self._kernels)]
         rest = [(name, p) for name, p in named if id(p) not in taken]
-        self.optimizers: Sequence[torch.optim.Optimizer] = [
-            torch.optim.Muon(parameter_groups(muon, config.learning_rate, config.weight_decay), adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(parameter_groups(rest, config.learning_rate, config.weight_decay)),
-        ]
+        adamw = torch.optim.AdamW(parameter_groups(rest, config.learning_rate, config.weight_decay))
+        self.optimizers: Sequence[torch.optim.Optimizer] = [adamw]
+        if muon:
+            groups = parameter_groups(muon, config.learning_rate, config.weight_decay)
+            self.optimizers = [torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"), adamw]
 
     def prepare_step(self) -> None:
         """Before the optimizers' steps: the kernels' gradients become those of their matrices."""

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from models.training.config import StudentConfig, TeacherConfig
+from models.training.config import PretrainedTeacherConfig, StudentConfig, TeacherConfig
 from models.training.learners import StudentLearner, TeacherLearner
-from models.training.teacher import ConvTeacher
+from models.training.teacher import ConvTeacher, PretrainedTeacher
 from models.zoo import ZOO
+from tests.checkpoints import checkpoint
 
 ENTRY = ZOO["test_vit"]
 CONFIG = StudentConfig(model="test_vit", distillation=0.0, bf16=False)
@@ -123,3 +124,22 @@ def test_the_teacher_counts_only_where_it_is_right() -> None:
     divergence = sum(w * -float(F.log_softmax(z, 1)[0, 0]) for w, z in zip((0.6, 0.8, 1.0), logits, strict=True))
     assert right_taught == pytest.approx(divergence, rel=1e-4)  # a sure teacher's divergence is a cross-entropy
     assert right_taught != pytest.approx(right_plain)
+
+
+def test_a_pretrained_teacher_sees_what_its_network_was_trained_on() -> None:
+    """Larger, with its own mean and standard deviation; before it is fitted it prefers no class."""
+    state = checkpoint()
+    teacher = PretrainedTeacher(
+        state, 10, side=32, num_heads=4, ours=((0.5, 0.4, 0.3), (0.25,) * 3), theirs=((0.1, 0.2, 0.3), (0.5, 0.5, 0.1))
+    ).eval()
+    seen: list[torch.Tensor] = []
+    teacher.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    colours = torch.tensor([0.2, 0.6, 0.9]).view(1, 3, 1, 1).expand(2, 3, 16, 16)
+
+    logits = teacher((colours - torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)) / 0.25)
+
+    assert logits.tolist() == [[0.0] * 10] * 2
+    expected = torch.tensor([0.2, 0.8, 6.0]).view(1, 3, 1, 1).expand(2, 3, 32, 32)
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-4)
+    learner = TeacherLearner(PretrainedTeacherConfig(), ENTRY, teacher)
+    assert [type(optimizer) for optimizer in learner.optimizers] == [torch.optim.AdamW]

@@ -11,6 +11,7 @@ import pytest
 from models.training.__main__ import IMAGENET_CLASSES, main
 from models.training.data import hold_out, read_archive, write_held_out
 from models.zoo import CIFAR10_LABELS
+from tests.checkpoints import checkpoint, write_checkpoint
 from tests.images import make_archive, make_jpeg, photo
 
 
@@ -61,6 +62,21 @@ def test_further_photographs_are_trained_on(data: Path, capsys: pytest.CaptureFi
     main([*arguments, "--model", "test_vit", "--epochs", "1", "--first-stage-epochs", "1", "--teacher-epochs", "0"])
 
     assert "3 further photographs" in capsys.readouterr().out
+
+
+def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It sees the images as it is used to, and its classifier is new; its configuration must say how it is used to see."""
+    weights, told = write_checkpoint(data, checkpoint())
+    arguments = ["--data", str(data), "--run-dir", str(data / "run"), "--model", "test_vit", "--epochs", "1"]
+    arguments += ["--first-stage-epochs", "0", "--teacher-epochs", "1", "--teacher-weights", str(weights)]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "say --teacher-config" in capsys.readouterr().err
+
+    main([*arguments, "--teacher-config", str(told)])
+
+    assert json.loads((data / "run" / "teacher" / "config.json").read_text())["muon"] is False
+    assert "teacher, test top-1" in capsys.readouterr().out
 
 
 def test_the_mapping_of_imagenet_names_only_classes_of_the_model() -> None:

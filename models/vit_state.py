@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from exporters.sources.base import SourceError
 from models.multi_exit import MultiExitViT
 from models.vit import LAYER_NORM_EPS, ViTConfig
 from models.weights import WeightsError
@@ -56,14 +55,11 @@ def network_of(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) 
         boundaries: numbers of blocks after which a stage ends; none: one stage.
 
     Raises:
-        SourceError: the boundaries do not fit the depth.
+        ValueError: the boundaries do not fit the depth.
         WeightsError: a tensor is missing, of another shape, or has no use: it would change the answer.
     """
     config = _config_of(state, told)
-    try:
-        model = MultiExitViT(config, tuple(boundaries) or (config.depth,))
-    except ValueError as error:
-        raise SourceError(str(error)) from error
+    model = MultiExitViT(config, tuple(boundaries) or (config.depth,))
     missing, unexpected = model.load_state_dict(_converted(state, config, model.boundaries), strict=False)
     last = f"stages.{len(model.stages) - 1}."
     if unexpected or any(".head." not in name or name.startswith(last) for name in missing):
