@@ -1,8 +1,8 @@
 """Networks to learn from: a convolutional one, or a Vision Transformer that was trained elsewhere and is fitted to the classes.
 
 The convolutional one reaches in some twenty epochs what a transformer of its size does not in hundreds: a small residual
-network in the manner of those made to be trained in seconds (Page, How to Train Your ResNet, 2018; Jordan, 94 % on CIFAR-10 in 3.29
-seconds, arXiv 2404.00498), three groups of two convolutions, each halving the image; the second of a group is residual.
+network in the manner of those made to be trained in seconds (Page, How to Train Your ResNet, 2018; Jordan, 94 % on CIFAR-10 in
+3.29 seconds, arXiv 2404.00498), three groups of two convolutions, each halving the image; the second of a group is residual.
 """
 
 from __future__ import annotations
