@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from exporters.graph_writer import GraphWriter
+from exporters.graph_writer import IN_FP32, GraphWriter
 from models.efficient_attention import PERFORMER_FLOOR, PINV_ROUNDS, LinformerGather, NystromGather, PerformerGather
 
 
@@ -29,8 +29,10 @@ def gather_tokens(graph: GraphWriter, name: str, module: nn.Module, q: str, k: s
 
 
 def _linformer(graph: GraphWriter, name: str, module: LinformerGather, q: str, k: str, v: str) -> str:
-    keys = graph.node("MatMul", k, graph.weight(f"{name}.mix_keys", module.mix_keys.detach().numpy().T))  # (B, heads, d, rank)
-    values = graph.node("MatMul", graph.weight(f"{name}.mix_values", module.mix_values), v)
+    keys = graph.node(
+        "MatMul", k, graph.weight(f"{name}{IN_FP32}.mix_keys", module.mix_keys.detach().numpy().T)
+    )  # (B, heads, d, rank)
+    values = graph.node("MatMul", graph.weight(f"{name}{IN_FP32}.mix_values", module.mix_values), v)
     return graph.node("MatMul", _softmax(graph, graph.node("MatMul", q, keys)), values)
 
 
@@ -39,7 +41,7 @@ def _performer(graph: GraphWriter, name: str, module: PerformerGather, q: str, k
     q = graph.node("Mul", q, graph.scalar(f"{name}.query_scale", 1 / module.scale))
     k = graph.node("Mul", k, graph.scalar(f"{name}.key_scale", module.scale))
     k = graph.node("Transpose", k, perm=[0, 1, 3, 2])
-    directions = graph.weight(f"{name}.directions", module.directions.numpy().T)
+    directions = graph.weight(f"{name}{IN_FP32}.directions", module.directions.numpy().T)
 
     def features(x: str, over: list[int]) -> str:
         square = graph.node("ReduceSumSquare", x, graph.constant([-1]), keepdims=1)
@@ -57,8 +59,8 @@ def _performer(graph: GraphWriter, name: str, module: PerformerGather, q: str, k
 
 def _nystrom(graph: GraphWriter, name: str, module: NystromGather, q: str, k: str, v: str) -> str:
     means = module.means.numpy()
-    q_mean = graph.node("MatMul", graph.weight(f"{name}.means", means), q)  # (B, heads, rank, d)
-    k_mean = graph.node("MatMul", k, graph.weight(f"{name}.means_across", means.T))  # (B, heads, d, rank)
+    q_mean = graph.node("MatMul", graph.weight(f"{name}{IN_FP32}.means", means), q)  # (B, heads, rank, d)
+    k_mean = graph.node("MatMul", k, graph.weight(f"{name}{IN_FP32}.means_across", means.T))  # (B, heads, d, rank)
     to_landmarks = _softmax(graph, graph.node("MatMul", q, k_mean))
     between = _softmax(graph, graph.node("MatMul", q_mean, k_mean))
     from_tokens = _softmax(graph, graph.node("MatMul", q_mean, k))

@@ -1,4 +1,4 @@
-"""`fovea export`: from weights to a published version. `fovea evaluate`: measure one again."""
+"""`fovea export`: from weights to a published version. `fovea quantize`: INT8 for one. `fovea evaluate`: measure one again."""
 
 from __future__ import annotations
 
@@ -240,9 +240,9 @@ def quantize(
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
     console = Console()
-    published = PublishedSource(repository, model, source)
     try:
-        told = published.open().manifest.provenance
+        stored = PublishedSource(repository, model, source).open().manifest
+        told, published = stored.provenance, PublishedSource(repository, model, stored.version)
         config = ExportConfig(
             name=model,
             source=published,
@@ -260,7 +260,7 @@ def quantize(
                 {
                     "--model": model,
                     "--version": version,
-                    "--from": source,
+                    "--from": stored.version,
                     "--max-drop": f"{max_drop:g}",
                     "--folders": folders,
                     "--calibration": calibration,

@@ -57,7 +57,7 @@ def fit_exit_heads(
     results = []
     for index, stage in enumerate(stages[:-1]):
         stage.head.load_state_dict(stages[-1].head.state_dict())
-        result = _fit(stage.head, features[index], target, held, fitted_on, config, generator)
+        result = _fit(stage.head, features[index], target, held, fitted_on, config, generator, progress)
         percent = f"{100 * result.agreement:.1f} % ({100 * result.agreement_before:.1f} before it was fitted)"
         progress.step(f"exit {index} agrees with the last on {percent}")
         results.append(result)
@@ -88,25 +88,28 @@ def _fit(
     fitted_on: Tensor,
     config: ExitHeadConfig,
     generator: torch.Generator,
+    progress: Progress,
 ) -> FittedHead:
     """Until the held-out images agree no better; the best state is kept."""
 
     @torch.no_grad()
     def agreement() -> float:
-        return float((head(features[held]).argmax(1) == target[held].argmax(1)).float().mean())
+        found = [head(features[part]).argmax(1) == target[part].argmax(1) for part in torch.split(held, BATCH_SIZE)]
+        return float(torch.cat(found).float().mean())
 
     before = best = agreement()
     best_state = {name: value.clone() for name, value in head.state_dict().items()}
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    best_step = step = 0
-    while step < config.max_steps and step - best_step < config.patience:
+    best_step = 0
+    for step in progress.track(range(1, config.max_steps + 1), "steps of an exit's head, at most"):
         chosen = fitted_on[torch.randint(len(fitted_on), (min(config.batch_size, len(fitted_on)),), generator=generator)]
         noisy = features[chosen] * (1 + config.noise * torch.randn(features[chosen].shape, generator=generator))
         loss = F.kl_div(F.log_softmax(head(noisy), dim=1), target[chosen], reduction="batchmean")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
-        step += 1
+        if step - best_step >= config.patience:
+            break
         if step % config.look_every == 0 and (now := agreement()) > best:
             best, best_step = now, step
             best_state = {name: value.clone() for name, value in head.state_dict().items()}

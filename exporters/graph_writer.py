@@ -20,6 +20,7 @@ INT8_MAX = 127  # symmetric weights: -127 .. 127
 UINT8_MAX = 255
 SMALLEST_SCALE = 1e-18  # of activations and of weights: their product is still a float32
 
+IN_FP32 = ".in_fp32"  # in the name of weights inside attention: a step of INT8 is as large as what they work on
 LOW, HIGH = ".low", ".high"  # behind a layer's name: the extremes that calibration wants
 
 Shape = tuple[int | str, ...]

@@ -43,7 +43,7 @@ class GraphsExport:
         layers = [layers_of(graph) for graph in self.fp32]
         count = sum(map(len, layers))
         if not count:
-            raise ValidationError("nothing in this graph can be INT8: no linear layer or convolution of float32; say --no-int8")
+            raise ValidationError("nothing in this graph can be INT8: no linear layer or convolution of float32")
         watched = [exposed(graph, each) for graph, each in zip(self.fp32, layers, strict=True)]
         ranges = collect_ranges(watched, pixels, calibration, progress)
 

@@ -132,6 +132,8 @@ def _reduction(schedule: str, report: Mapping[str, Any]) -> str:
     if schedule == "none":
         return schedule
     full = report["without_reduction"]
+    if not full:
+        return f"`{schedule}`, before this version was made; what it loses is told in the card of the version it was made from"
     return (
         f"`{schedule}`; what is lost is told against fp32 without it, which has {percent(full['top1'])} "
         f"at {full['ms_per_image']:.2f} ms an image"

@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from app.types import Array
-from exporters.graph_writer import HIGH, LOW, ActivationRange, Quantization, bias_scale, quantized_bias, symmetric_int8
+from exporters.graph_writer import HIGH, IN_FP32, LOW, ActivationRange, Quantization, bias_scale, quantized_bias, symmetric_int8
 from exporters.whole_graph import OWN, constants, names_used, wanted_nodes
 from models.manifest import LOGITS
 
@@ -61,6 +61,7 @@ def layers_of(model: ModelProto) -> list[Layer]:
     """All that can be INT8, in their order; what classifies is left out."""
     weights, consumers = constants(model), _consumers(model)
     outputs = {value.name for value in model.graph.output}
+    makers = {name: node for node in model.graph.node for name in node.output}
 
     def behind(node: NodeProto) -> NodeProto | None:
         """What alone takes the result."""
@@ -71,11 +72,20 @@ def layers_of(model: ModelProto) -> list[Layer]:
     for node in model.graph.node:
         if node.op_type not in {"MatMul", "Gemm", "Conv"} or node.input[1] not in weights or node.input[0] in weights:
             continue
+        if IN_FP32 in node.input[1] or _beside_softmax(node, makers, consumers):
+            continue
         layer = _linear(node, weights, behind(node)) if node.op_type != "Conv" else _convolution(node, weights, behind(node))
         if layer is not None:
             found.append(layer)
     last = _classifiers(model)
     return [layer for layer in found if layer.name not in last]
+
+
+def _beside_softmax(node: NodeProto, makers: Mapping[str, NodeProto], consumers: Mapping[str, list[NodeProto]]) -> bool:
+    """Heads of attention that talk: what they work on is small, and a step of INT8 is not."""
+    before = makers.get(node.input[0])
+    after = consumers.get(node.output[0], [])
+    return (before is not None and before.op_type == "Softmax") or any(each.op_type == "Softmax" for each in after)
 
 
 def _classifiers(model: ModelProto) -> set[str]:

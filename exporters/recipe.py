@@ -26,14 +26,14 @@ from exporters.exit_heads import as_text, fit_exit_heads
 from exporters.exportable import Exportable
 from exporters.golden import golden_images, write_golden
 from exporters.graphs_export import export_of
-from exporters.images import ImageSet, read_images, read_unlabelled
+from exporters.images import ImageSet, ImageSetError, read_images, read_unlabelled
 from exporters.model_card import model_card
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
 from exporters.schedule_search import search_schedule
-from exporters.sources.base import Loaded, Network, SourceError
+from exporters.sources.base import Loaded, Network, Published, SourceError
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
 from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
@@ -71,7 +71,9 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         spec = network.preprocess
         progress.step("reading images")
         fitting, test, others = _images(config, network.labels, spec, progress)
-        full, schedule = None, "none"
+        full, schedule = None, network.token_reduction if isinstance(network, Published) else "none"
+        if isinstance(network, Published) and test.sha256 == network.fitting_images_sha256:
+            raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
             full, schedule = _reduce(config, config.reduction, vit_of(network), fitting, build, progress)
         variants = [FP32, INT8] if config.int8 else [FP32]
@@ -150,7 +152,7 @@ def vit_of(network: Loaded) -> Network:
         SourceError: it comes as graphs.
     """
     if not isinstance(network, Network):
-        raise SourceError(f"token reduction is for ViT and DeiT; {network.origin} can be exported as it is")
+        raise SourceError(f"token reduction is for ViT, DeiT and CaiT, from weights; {network.origin} can be exported as it is")
     return network
 
 

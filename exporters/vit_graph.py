@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from app.types import Array
 from exporters.attention_graph import gather_tokens
 from exporters.graph_writer import (
+    IN_FP32,
     ActivationRange,
     GraphWriter,
     Quantization,
@@ -97,7 +98,7 @@ def stage_graph(
         # Behind the last block only the heads look, and they see the tokens in front.
         prefix_only = last and number == len(stage.blocks) - 1 and asks_for_prefix_only(config)
         tokens = graph.block(block, f"blocks.{number}", tokens, config, prefix_only=prefix_only)
-    graph.node("Identity", graph.head(stage.head, tokens.x), output=LOGITS)
+    graph.node("Identity", graph.head(stage.head, tokens), output=LOGITS)
     outputs: list[tuple[str, Shape]] = [(LOGITS, (BATCH, config.num_classes))]
     if not last:
         graph.node("Identity", tokens.x, output=tokens_name(index))
@@ -260,9 +261,10 @@ class _VitGraph(GraphWriter):
                 looked_at = self.node("Transpose", self.node("Log", tokens.sizes), perm=[0, 2, 1])  # (B, 1, N)
                 weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
             weights = self.node("Softmax", weights, axis=-1)
+            talked = weights
             if module.attn.proj_w is not None:
-                weights = self.across_heads(f"{name}.proj_w", module.attn.proj_w, weights)
-            mixed = self.node("MatMul", weights, v)
+                talked = self.across_heads(f"{name}.proj_w", module.attn.proj_w, weights)
+            mixed = self.node("MatMul", talked, v)
         mixed = self.node("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
@@ -276,13 +278,13 @@ class _VitGraph(GraphWriter):
     def across_heads(self, name: str, module: nn.Linear, weights: str) -> str:
         """Each new head a mixture of all: a convolution of one pixel, heads for channels."""
         kernel = module.weight.detach().numpy()[:, :, None, None]
-        names = self.weight(f"{name}.weight", kernel), self.weight(f"{name}.bias", module.bias)
+        names = self.weight(f"{name}{IN_FP32}.weight", kernel), self.weight(f"{name}.bias", module.bias)
         return self.node("Conv", weights, *names, kernel_shape=[1, 1])
 
-    def class_attention(self, name: str, module: ClassBlock, token: str, patches: str) -> str:
+    def class_attention(self, name: str, module: ClassBlock, token: str, patches: _Tokens) -> str:
         """Class token (B, 1, D) behind a block of class attention."""
         heads, width = module.attn.num_heads, module.attn.q.in_features
-        x = self.norm(f"{name}.norm1", module.norm1, self.node("Concat", token, patches, axis=1))
+        x = self.norm(f"{name}.norm1", module.norm1, self.node("Concat", token, patches.x, axis=1))
         parts = {part: _matrix(getattr(module.attn, part)) for part in "qkv"}
         scale = np.float32(np.sqrt(width // heads))
         q = self.linear(f"{name}.attn.q", self.slice(x, 0, 1, axis=1), parts["q"][0] / scale, parts["q"][1] / scale)
@@ -294,7 +296,12 @@ class _VitGraph(GraphWriter):
             self.node("Transpose", self.node("Reshape", part, shape), perm=perm)
             for part, perm in ((q, [0, 2, 1, 3]), (names[0], [0, 2, 3, 1]), (names[1], [0, 2, 1, 3]))
         )
-        weights = self.node("Softmax", self.node("MatMul", q, k), axis=-1)
+        weights = self.node("MatMul", q, k)  # (B, heads, 1, 1 + N)
+        if patches.sizes:  # the class token stands for itself
+            sizes = self.node("Pad", patches.sizes, self.constant([0, 1, 0, 0, 0, 0]), self.scalar("one", 1))
+            looked_at = self.node("Transpose", self.node("Log", sizes), perm=[0, 2, 1])
+            weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
+        weights = self.node("Softmax", weights, axis=-1)
         mixed = self.node("Transpose", self.node("MatMul", weights, v), perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
         token = self.node("Add", token, self.linear(f"{name}.attn.proj", mixed, *_matrix(module.attn.proj)))
@@ -306,8 +313,9 @@ class _VitGraph(GraphWriter):
         """The last axis in parts of `width`, each called as told."""
         self.nodes("Split", [x, self.constant([width] * len(parts))], parts, axis=-1)
 
-    def head(self, module: Head, x: str) -> str:
+    def head(self, module: Head, tokens: _Tokens) -> str:
         """Tokens -> logits; what classifies is always fp32: it is tiny, and confidences come from it."""
+        x = tokens.x
         if module.cls_token is not None:
             # The token for every image: a row of zeros in front of the patches, taken alone, and the token added.
             padded = self.node("Pad", x, self.constant([0, 1, 0, 0, 0, 0]))
@@ -316,7 +324,7 @@ class _VitGraph(GraphWriter):
             for number, block in enumerate(module.class_blocks):
                 if not isinstance(block, ClassBlock):
                     raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
-                token = self.class_attention(f"head.class_blocks.{number}", block, token, x)
+                token = self.class_attention(f"head.class_blocks.{number}", block, token, tokens)
             x = self.node("Flatten", self.norm("head.norm", module.norm, token))
         elif module.num_prefix_tokens:  # the norm is per token, so the others need none
             x = self.norm("head.norm", module.norm, self.slice(x, 0, module.num_prefix_tokens, axis=1))

@@ -31,7 +31,7 @@ class Stage(nn.Module):
             x = self.embedding(x)
         for block in self.blocks:
             x, sizes = block(x, sizes)
-        return self.head(x), x, sizes
+        return self.head(x, sizes), x, sizes
 
 
 class MultiExitViT(nn.Module):

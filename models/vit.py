@@ -154,9 +154,8 @@ class Attention(nn.Module):
         if sizes is not None:
             weights = weights + sizes.log().transpose(1, 2).unsqueeze(1)
         weights = weights.softmax(dim=-1)
-        if self.proj_w is not None:
-            weights = _across_heads(self.proj_w, weights)
-        x = weights @ v
+        mixed = weights if self.proj_w is None else _across_heads(self.proj_w, weights)  # may be negative: nothing to score by
+        x = mixed @ v
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width)), weights, k.mean(dim=1)
 
 
@@ -176,13 +175,16 @@ class ClassAttention(nn.Module):
         self.v = nn.Linear(config.width, config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Class token and patches (B, 1 + N, D) -> (B, 1, D)."""
+    def forward(self, x: Tensor, sizes: Tensor | None) -> Tensor:
+        """Class token and patches (B, 1 + N, D), and how many patches each stands for (B, 1 + N, 1) -> (B, 1, D)."""
         q, k, v = (
             part(of).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, 1 or 1 + N, d)
             for part, of in ((self.q, x[:, :1]), (self.k, x), (self.v, x))
         )
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, 1, 1 + N)
+        if sizes is not None:
+            weights = weights + sizes.log().transpose(1, 2).unsqueeze(1)
+        weights = weights.softmax(dim=-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -196,9 +198,11 @@ class ClassBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden)
 
-    def forward(self, token: Tensor, patches: Tensor) -> Tensor:
-        """Class token (B, 1, D), patches (B, N, D) -> class token."""
-        token = token + self.attn(self.norm1(torch.cat([token, patches], dim=1)))
+    def forward(self, token: Tensor, patches: Tensor, sizes: Tensor | None) -> Tensor:
+        """Class token (B, 1, D), patches (B, N, D) and their sizes (B, N, 1) -> class token."""
+        if sizes is not None:
+            sizes = torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1)
+        token = token + self.attn(self.norm1(torch.cat([token, patches], dim=1)), sizes)
         return token + self.mlp(self.norm2(token))  # type: ignore[no-any-return]
 
 
@@ -257,7 +261,7 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens (B, N, D) -> logits (B, C): norm, pool, linear."""
+    """Tokens (B, N, D) and their sizes (B, N, 1), None for one each -> logits (B, C): norm, pool, linear."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -267,11 +271,11 @@ class Head(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.fc = nn.Linear(config.width * max(1, self.num_prefix_tokens), config.num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         if self.cls_token is not None:
             token = self.cls_token.expand(len(x), -1, -1)
             for block in self.class_blocks:
-                token = block(token, x)
+                token = block(token, x, sizes)
             x = token
         x = self.norm(x)
         x = x[:, : self.num_prefix_tokens].flatten(1) if self.num_prefix_tokens else x.mean(dim=1)

@@ -20,6 +20,8 @@ from models.multi_exit import MultiExitViT
 from models.vit import LAYER_NORM_EPS, ViTConfig
 from models.weights import WeightsError
 
+# Heads by width, of the sizes that the papers name; others must be told.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 CAIT = "blocks_token_only.0.norm1.weight"  # a tensor that only class attention has
 BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 BLOCK_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
@@ -46,6 +48,12 @@ def width_of(state: dict[str, Tensor]) -> int:
     if missing := [name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight") if name not in state]:
         raise WeightsError(f"this is no Vision Transformer that is known: {', '.join(missing)} missing")
     return int(state["patch_embed.proj.weight"].shape[0])
+
+
+def num_heads_of(state: dict[str, Tensor]) -> int | None:
+    """Heads of attention, where the weights tell it: by what CaiT's heads say to each other, or by the papers' widths."""
+    talking = state.get("blocks.0.attn.proj_l.weight")
+    return HEADS.get(width_of(state)) if talking is None else len(talking)
 
 
 def network_of(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) -> MultiExitViT:
@@ -98,7 +106,7 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
     def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         if name not in left:
             raise WeightsError(f"the checkpoint lacks {name}")
-        value = left.pop(name).float()
+        value = left.pop(name).float()  # may be the caller's own: never changed in place
         if shape is not None and tuple(value.shape) != shape:
             raise WeightsError(f"{name} has shape {tuple(value.shape)}, not {shape}")
         return value
@@ -112,12 +120,14 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
     if config.num_prefix_tokens:
         found["stages.0.embedding.cls_token"] = torch.cat(prefix, dim=1)
     elif config.pooling == "class_attention":
-        found[f"{head}.cls_token"] = torch.cat(prefix, dim=1)
+        if not prefix:
+            raise WeightsError("the checkpoint lacks cls_token")
+        found[f"{head}.cls_token"] = prefix[0]
     found["stages.0.embedding.pos_embed"] = _positions(take("pos_embed"), config)
     starts = (0, *boundaries[:-1])
     for number in range(config.depth):
         stage = max(index for index, start in enumerate(starts) if start <= number)
-        tensors = {name: take(f"blocks.{number}.{name}") for name in BLOCK_TENSORS}
+        tensors = {name: take(f"blocks.{number}.{name}", block_shape(name, config)) for name in BLOCK_TENSORS}
         if config.talking_heads:
             heads = {"weight": (config.num_heads,) * 2, "bias": (config.num_heads,)}
             names = [(f"attn.{part}.{kind}", shape) for part in ("proj_l", "proj_w") for kind, shape in heads.items()]
@@ -127,7 +137,8 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
             found[f"stages.{stage}.blocks.{number - starts[stage]}.{name}"] = value
     for number in range(config.class_depth):
         block = f"blocks_token_only.{number}"
-        tensors = {f"{layer}.{kind}": take(f"{block}.{layer}.{kind}") for layer in CLASS_LAYERS for kind in ("weight", "bias")}
+        parts = [f"{layer}.{kind}" for layer in CLASS_LAYERS for kind in ("weight", "bias")]
+        tensors = {name: take(f"{block}.{name}", block_shape(name, config)) for name in parts}
         _fold_layer_scale(tensors, block, left, take, config.width)
         found |= {f"{head}.class_blocks.{number}.{name}": value for name, value in tensors.items()}
     norm = "fc_norm" if "fc_norm.weight" in left else "norm"
@@ -146,6 +157,17 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
     return found
 
 
+def block_shape(name: str, config: ViTConfig) -> tuple[int, ...]:
+    """Of a tensor of a block, by its name inside it."""
+    layer, _, kind = name.rpartition(".")
+    rows, columns = {
+        "attn.qkv": (3 * config.width, config.width),
+        "mlp.fc1": (config.hidden, config.width),
+        "mlp.fc2": (config.width, config.hidden),
+    }.get(layer, (config.width, config.width))
+    return (rows,) if kind == "bias" or layer.startswith("norm") else (rows, columns)
+
+
 def _fold_layer_scale(
     tensors: dict[str, Tensor], block: str, left: dict[str, Tensor], take: Callable[..., Tensor], width: int
 ) -> None:
@@ -154,8 +176,8 @@ def _fold_layer_scale(
         for name in (f"{block}.ls{branch}.gamma", f"{block}.gamma_{branch}"):
             if name in left:
                 gamma = take(name, (width,))
-                tensors[f"{last}.weight"] *= gamma.unsqueeze(1)
-                tensors[f"{last}.bias"] *= gamma
+                tensors[f"{last}.weight"] = tensors[f"{last}.weight"] * gamma.unsqueeze(1)
+                tensors[f"{last}.bias"] = tensors[f"{last}.bias"] * gamma
 
 
 def _positions(positions: Tensor, config: ViTConfig) -> Tensor:

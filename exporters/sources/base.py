@@ -57,7 +57,9 @@ class Published:
     preprocess: PreprocessSpec
     labels: tuple[str, ...]
     weights_sha256: str
-    origin: str  # its name and number
+    origin: str  # its name and number, and what it was made from
+    token_reduction: str  # that it has already
+    fitting_images_sha256: str  # that its exits were fitted on
 
 
 Loaded = Network | WholeModel | Published

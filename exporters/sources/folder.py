@@ -82,5 +82,5 @@ def _timm(
     if str(told["architecture"]).startswith(OWN):
         return TimmSource(weights, folder / CONFIG, names, boundaries), names
     if boundaries:
-        raise SourceError(f"{told['architecture']} is exported in one piece; --boundaries are for ViT and DeiT")
+        raise SourceError(f"{told['architecture']} is exported in one piece; --boundaries are for ViT, DeiT and CaiT")
     return TimmWholeSource(weights, folder / CONFIG, names), names

@@ -16,11 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from exporters.sources.base import Network, SourceError, faults_of, own_network
 from models.manifest import PreprocessSpec
-from models.vit_state import Told, width_of
+from models.vit_state import Told, num_heads_of, width_of
 from models.weights import load_state_dict, sha256_of
-
-# Heads by width, of the sizes that the papers name; others must be told (`model_args` of the configuration).
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 
 
 class Pretrained(BaseModel):
@@ -74,8 +71,7 @@ class TimmSource:
             raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
         state = load_state_dict(self.weights)
         width = width_of(state)
-        talking = state.get("blocks.0.attn.proj_l.weight")  # CaiT's own tell it
-        num_heads = told.model_args.get("num_heads", HEADS.get(width) if talking is None else len(talking))
+        num_heads = told.model_args.get("num_heads", num_heads_of(state))
         if num_heads is None:
             where = f"num_heads in model_args of {self.config.name}"
             raise SourceError(f"say how many heads a network of width {width} has: {where}")

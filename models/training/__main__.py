@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.training.config import PretrainedTeacherConfig, RunConfig, StudentConfig, TeacherConfig
 from models.training.data import Split, join, load, read_photos, to_tensor, write_held_out
@@ -17,13 +17,12 @@ from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
 from models.training.teacher import PretrainedTeacher
 from models.training.whitening import whiten
-from models.vit_state import width_of
-from models.weights import load_state_dict
+from models.vit_state import num_heads_of
+from models.weights import WeightsError, load_state_dict, sha256_of
 from models.zoo import ZOO, ZooEntry
 
 HELD_OUT = "held_out.zip"
 WHITENING_IMAGES = 4000
-HEAD_WIDTH = 64  # of ViT and DeiT
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
 
@@ -61,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
+    if (arguments.teacher_weights is None) != (arguments.teacher_config is None):
+        parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
+    if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
+        parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
+
     entry = ZOO[arguments.model]
     data, held_out, test = load(arguments.data, entry.labels)
     if arguments.photos is not None:
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     write_held_out(arguments.data / "train.zip", arguments.run_dir / HELD_OUT)
 
-    teacher = _taught(arguments, parser, entry, data, held_out)
+    teacher, taught_by = _taught(arguments, entry, data, held_out)
     if teacher is not None:
         print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=student_config.bf16)[0]:.2f} %")
 
@@ -81,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=arguments.epochs,
         first_stage_epochs=arguments.first_stage_epochs,
         seed=arguments.seed,
+        taught_by=taught_by,
     )
     student = StudentLearner(student_config, entry, teacher)
     if student_config.first_stage_epochs:
@@ -94,36 +99,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
 
 
-def _taught(
-    arguments: argparse.Namespace, parser: argparse.ArgumentParser, entry: ZooEntry, data: Split, held_out: Split
-) -> TeacherLearner | None:
-    """The teacher, trained to its end; None where none is wanted."""
+def _taught(arguments: argparse.Namespace, entry: ZooEntry, data: Split, held_out: Split) -> tuple[TeacherLearner | None, str]:
+    """The teacher, trained to its end, and what it is; None where none is wanted."""
     if arguments.teacher_epochs == 0:
-        return None
-    config: RunConfig = TeacherConfig() if arguments.teacher_weights is None else PretrainedTeacherConfig()
-    config = replace(config, epochs=arguments.teacher_epochs or config.epochs, seed=arguments.seed)
-    if isinstance(config, PretrainedTeacherConfig):
-        if arguments.teacher_config is None:
-            parser.error("with --teacher-weights say --teacher-config, timm's config.json")
-        model = pretrained_teacher(arguments.teacher_weights, arguments.teacher_config, entry, config.side)
-        teacher = TeacherLearner(config, entry, model)
-    else:
-        teacher = TeacherLearner(config, entry)
+        return None, "its own last exit"
+    config: RunConfig
+    if arguments.teacher_weights is None:
+        config = replace(TeacherConfig(), epochs=arguments.teacher_epochs or TeacherConfig().epochs, seed=arguments.seed)
+        teacher, taught_by = TeacherLearner(config, entry), StudentConfig().taught_by
         start_white(teacher, data)
+    else:
+        state = load_state_dict(arguments.teacher_weights)
+        config = pretrained_config(arguments, state)
+        ours = (entry.preprocess.mean, entry.preprocess.std)
+        teacher = TeacherLearner(config, entry, PretrainedTeacher(state, len(entry.labels), config, ours))
+        taught_by = f"a Vision Transformer, {config.weights_sha256[:16]}"
     fit(teacher, config, data, held_out, arguments.run_dir / "teacher", "teacher")
     teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
-    return teacher
+    return teacher, taught_by
 
 
-def pretrained_teacher(weights: Path, config: Path, entry: ZooEntry, side: int) -> PretrainedTeacher:
-    """Of a timm checkpoint; heads are those of its configuration, or as wide as in the papers."""
-    told = json.loads(config.read_text())
-    state = load_state_dict(weights)
-    seen = told["pretrained_cfg"]
-    num_heads = told.get("model_args", {}).get("num_heads", width_of(state) // HEAD_WIDTH)
-    ours = (entry.preprocess.mean, entry.preprocess.std)
-    theirs = (seen["mean"], seen["std"])
-    return PretrainedTeacher(state, len(entry.labels), side=side, num_heads=num_heads, ours=ours, theirs=theirs)
+def pretrained_config(arguments: argparse.Namespace, state: dict[str, Tensor]) -> PretrainedTeacherConfig:
+    """Of a timm checkpoint and the configuration beside it.
+
+    Raises:
+        WeightsError: nobody says how many heads it has.
+    """
+    told = json.loads(arguments.teacher_config.read_text())
+    num_heads = told.get("model_args", {}).get("num_heads") or num_heads_of(state)
+    if num_heads is None:
+        raise WeightsError(f"say num_heads in model_args of {arguments.teacher_config.name}: its width does not tell it")
+    return PretrainedTeacherConfig(
+        epochs=arguments.teacher_epochs or PretrainedTeacherConfig().epochs,
+        seed=arguments.seed,
+        weights_sha256=sha256_of(arguments.teacher_weights),
+        num_heads=num_heads,
+        mean=tuple(told["pretrained_cfg"]["mean"]),
+        std=tuple(told["pretrained_cfg"]["std"]),
+    )
 
 
 def start_white(learner: Learner, data: Split) -> None:

@@ -43,6 +43,10 @@ class PretrainedTeacherConfig(RunConfig):
     weight_decay: float = 0.05
     muon: bool = False
     side: int = 128  # pixels that it sees
+    weights_sha256: str = ""
+    num_heads: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # that it was trained with
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +60,5 @@ class StudentConfig(RunConfig):
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     exit_weights: tuple[float, ...] = (0.6, 0.8, 1.0)  # of each exit's loss, first to last
+    taught_by: str = "a convolutional network"
     distillation: float = 0.7  # share of the teacher in an exit's loss; the labels have the rest

@@ -23,6 +23,7 @@ from models.training.data import Split, to_tensor
 
 CHECKPOINT, LOG, CONFIG, CURVES = "checkpoint.pt", "log.jsonl", "config.json", "curves.png"
 MAX_GRADIENT_NORM = 1.0
+SINCE = {"muon": True, "taught_by": "a convolutional network"}  # what runs did before it could be said
 RUNNING_MEAN = 0.98  # of what the progress bar shows
 
 
@@ -164,8 +165,11 @@ def _set_learning_rate(learner: Learner, factor: float) -> None:
 
 def _claim(path: Path, config: RunConfig) -> None:
     wanted = json.loads(json.dumps(asdict(config)))
-    if path.exists() and json.loads(path.read_text()) != wanted:
-        raise ValueError(f"{path.parent} holds a run of another configuration; choose another --run-dir or remove it")
+    if path.exists():
+        stored = json.loads(path.read_text())
+        stored |= {name: value for name, value in SINCE.items() if stored and name in wanted and name not in stored}
+        if changed := [name for name in wanted | stored if wanted.get(name) != stored.get(name)]:
+            raise ValueError(f"{path.parent} holds a run with another {', '.join(changed)}; choose another --run-dir")
     path.write_text(json.dumps(wanted, indent=2) + "\n")
 
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from models.vit import Head
-from models.vit_state import Told, network_of
+from models.training.config import PretrainedTeacherConfig
+from models.vit_state import Told, network_of, width_of
 
 CHANNELS = (64, 256, 256)  # of the three groups
 STEM_CHANNELS = 32
@@ -60,10 +60,9 @@ class PretrainedTeacher(nn.Module):
     """Normalised images (B, 3, H, W) -> logits (B, C) by a Vision Transformer that sees them larger, and a new classifier.
 
     Args:
-        state: its state dict under timm's names.
-        side: pixels that the images are made; position embeddings are resampled for it.
-        num_heads: of its attention.
-        ours, theirs: mean and standard deviation that images come with, and that it was trained with.
+        state: its state dict under timm's names; its own classifier is not used, nor needed.
+        config: how large it sees them, and what it was trained with.
+        ours: mean and standard deviation that images come with.
     """
 
     gain: Tensor
@@ -73,23 +72,17 @@ class PretrainedTeacher(nn.Module):
         self,
         state: dict[str, Tensor],
         num_classes: int,
-        *,
-        side: int,
-        num_heads: int,
+        config: PretrainedTeacherConfig,
         ours: tuple[Sequence[float], Sequence[float]],
-        theirs: tuple[Sequence[float], Sequence[float]],
     ) -> None:
         super().__init__()
-        self.side = side
-        self.network = network_of(state, Told(side, num_heads, len(state["head.bias"])), ())
-        head = self.network.stages[-1].head
-        if not isinstance(head, Head):
-            raise TypeError(f"a head is a {type(head).__name__}")
-        head.fc = nn.Linear(head.fc.in_features, num_classes)
-        nn.init.zeros_(head.fc.weight)
-        nn.init.zeros_(head.fc.bias)
+        self.side = config.side
+        width = width_of(state)
+        body = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+        new = {"head.weight": torch.zeros(num_classes, width), "head.bias": torch.zeros(num_classes)}
+        self.network = network_of(body | new, Told(config.side, config.num_heads, num_classes), ())
         (our_mean, our_std), (their_mean, their_std) = (
-            tuple(torch.tensor(values).view(1, -1, 1, 1) for values in pair) for pair in (ours, theirs)
+            tuple(torch.tensor(values).view(1, -1, 1, 1) for values in pair) for pair in (ours, (config.mean, config.std))
         )
         self.register_buffer("gain", our_std / their_std)
         self.register_buffer("offset", (our_mean - their_mean) / their_std)

@@ -289,7 +289,7 @@ def test_a_network_of_another_family_becomes_a_version_that_answers(tmp_path: Pa
     pixels = np.stack([preprocess(photo(90, 70, seed=seed), manifest.preprocess) for seed in range(3)])
     assert backend.run(0, {"pixels": pixels}).logits.shape == (3, 5)
     assert [each.exit_code for each in refused] == [1, 1]
-    assert "token reduction is for ViT and DeiT" in refused[0].output
+    assert "token reduction is for ViT, DeiT and CaiT" in refused[0].output
     assert "convnext is exported in one piece" in refused[1].output
 
 
@@ -425,12 +425,18 @@ def test_options_that_do_not_go_together_are_refused(inputs: Path, tmp_path: Pat
 @pytest.mark.skipif(not has_exact_int8(), reason="INT8 is not exact on this CPU")
 def test_a_published_version_is_made_int8_from_its_own_graphs(inputs: Path, tmp_path: Path) -> None:
     """Stages, labels and preprocessing are as they were; fp32 is the same file; what is known of the weights goes along."""
-    first = recipe.run(replace(make_config(inputs, tmp_path), int8=False, data="ten drawings"))
+    others = inputs / "others"
+    if not others.exists():
+        make_archive(others.with_suffix(".zip"), CIFAR10_LABELS, per_class=3)
+    config = replace(make_config(inputs, tmp_path), int8=False, data="ten drawings", reduction="tome:3")
+    first = recipe.run(replace(config, calibration_images=others.with_suffix(".zip")))
     arguments = ["quantize", "--model", "test_vit", "--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
     arguments += ["--repository", str(tmp_path), "--unlabelled"]
 
     result = CliRunner().invoke(exporter, [*arguments, "--version", "2"])
     lost = CliRunner().invoke(exporter, [*arguments, "--version", "3", "--from", "7"])
+    seen = [str(others.with_suffix(".zip")) if each == arguments[6] else each for each in arguments]
+    fitted = CliRunner().invoke(exporter, [*seen, "--version", "3", "--from", "1"])
 
     assert result.exit_code == 0, result.output
     before, after = ModelManifest.load(first), ModelManifest.load(tmp_path / "test_vit" / "2")
@@ -440,11 +446,18 @@ def test_a_published_version_is_made_int8_from_its_own_graphs(inputs: Path, tmp_
         assert after.files[f"fp32/stage_{index}.onnx"] == before.files[f"fp32/stage_{index}.onnx"]
         kinds = [node.op_type for node in onnx.load(tmp_path / "test_vit" / "2" / "int8" / f"stage_{index}.onnx").graph.node]
         assert kinds.count("MatMulIntegerToFloat") == 8 + (index == 2)  # the class token's query is a layer of its own
-    assert (after.provenance["origin"], after.provenance["data"]) == ("test_vit version 1", "ten drawings")
+    assert after.provenance["origin"] == "test_vit version 1, made from test_vit of the zoo"
+    assert after.provenance["data"] == "ten drawings"
+    assert "--from 1 " in after.provenance["command"]
     assert after.provenance["weights_sha256"] == before.provenance["weights_sha256"]
     assert "exporters quantize" in after.provenance["command"]
     assert lost.exit_code == 1
     assert "there is no model test_vit version 7" in lost.output
+    assert fitted.exit_code == 1
+    assert "were fitted on these test images" in fitted.output
+    card = (tmp_path / "test_vit" / "2" / "MODEL_CARD.md").read_text()
+    assert "`tome:3`, before this version was made" in card
+    assert [tensor.name for tensor in after.stages[1].inputs] == ["tokens_0", "sizes_0"]
 
 
 def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_path: Path) -> None:

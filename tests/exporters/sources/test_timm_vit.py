@@ -12,6 +12,7 @@ from torch import Tensor
 
 from exporters.sources.base import SourceError
 from exporters.sources.timm_vit import TimmSource
+from models.vit_state import Told, network_of
 from models.weights import WeightsError
 from tests.checkpoints import LABELS, SIDE, TOLD, WIDTH, answer, cait_answer, cait_checkpoint, checkpoint, write_checkpoint
 
@@ -50,6 +51,15 @@ def test_cait_answers_as_the_paper_says(tmp_path: Path) -> None:
 
     torch.testing.assert_close(logits, cait_answer(state, image), rtol=1e-4, atol=1e-4)
     assert network.model.config.num_heads == 4
+    for name, words in (("cls_token", "lacks cls_token"), ("blocks_token_only.0.mlp.fc1.weight", "mlp.fc1.weight has shape")):
+        broken = {key: value for key, value in state.items() if key != name}
+        if name != "cls_token":
+            broken[name] = torch.zeros(3, 3)
+        with pytest.raises(WeightsError, match=words):
+            source(tmp_path, broken, told).load()
+    before = {name: value.clone() for name, value in state.items()}
+    network_of(state, Told(SIDE, 4, len(LABELS)), ())
+    assert all(torch.equal(value, state[name]) for name, value in before.items())  # LayerScale is folded into copies
     with pytest.raises(WeightsError, match=r"lacks blocks_token_only.1.attn.q.weight"):
         source(tmp_path, {k: v for k, v in state.items() if k != "blocks_token_only.1.attn.q.weight"}, told).load()
 

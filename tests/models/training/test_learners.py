@@ -128,10 +128,9 @@ def test_the_teacher_counts_only_where_it_is_right() -> None:
 
 def test_a_pretrained_teacher_sees_what_its_network_was_trained_on() -> None:
     """Larger, with its own mean and standard deviation; before it is fitted it prefers no class."""
-    state = checkpoint()
-    teacher = PretrainedTeacher(
-        state, 10, side=32, num_heads=4, ours=((0.5, 0.4, 0.3), (0.25,) * 3), theirs=((0.1, 0.2, 0.3), (0.5, 0.5, 0.1))
-    ).eval()
+    config = PretrainedTeacherConfig(side=32, num_heads=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.1))
+    state = {name: value for name, value in checkpoint().items() if not name.startswith("head.")}  # it needs no classifier
+    teacher = PretrainedTeacher(state, 10, config, ((0.5, 0.4, 0.3), (0.25,) * 3)).eval()
     seen: list[torch.Tensor] = []
     teacher.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     colours = torch.tensor([0.2, 0.6, 0.9]).view(1, 3, 1, 1).expand(2, 3, 16, 16)
@@ -141,5 +140,5 @@ def test_a_pretrained_teacher_sees_what_its_network_was_trained_on() -> None:
     assert logits.tolist() == [[0.0] * 10] * 2
     expected = torch.tensor([0.2, 0.8, 6.0]).view(1, 3, 1, 1).expand(2, 3, 32, 32)
     torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=1e-4)
-    learner = TeacherLearner(PretrainedTeacherConfig(), ENTRY, teacher)
+    learner = TeacherLearner(config, ENTRY, teacher)
     assert [type(optimizer) for optimizer in learner.optimizers] == [torch.optim.AdamW]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,5 +87,18 @@ def test_the_teacher_learns_by_the_same_loop(data: Split, tmp_path: Path) -> Non
 def test_a_directory_with_another_run_is_refused(data: Split, tmp_path: Path) -> None:
     """Its checkpoint must not be mixed with other settings."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="holds a run with another epochs, batch_size"):
         fit(StudentLearner(CONFIG, ENTRY, None), CONFIG, data, data, tmp_path, "network")
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(data: Split, tmp_path: Path) -> None:
+    """It did then what is said by the setting now; a run that would do something else is refused by its name."""
+    fit(StudentLearner(CONFIG, ENTRY, None), CONFIG, data, data, tmp_path, "network")
+    told = json.loads((tmp_path / "config.json").read_text())
+    del told["muon"], told["taught_by"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    fit(StudentLearner(CONFIG, ENTRY, None), CONFIG, data, data, tmp_path, "network")
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    other = replace(CONFIG, muon=False)
+    with pytest.raises(ValueError, match="another muon; choose another"):
+        fit(StudentLearner(other, ENTRY, None), other, data, data, tmp_path, "network")

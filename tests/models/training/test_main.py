@@ -10,6 +10,7 @@ import pytest
 
 from models.training.__main__ import IMAGENET_CLASSES, main
 from models.training.data import hold_out, read_archive, write_held_out
+from models.weights import sha256_of
 from models.zoo import CIFAR10_LABELS
 from tests.checkpoints import checkpoint, write_checkpoint
 from tests.images import make_archive, make_jpeg, photo
@@ -71,12 +72,22 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
     arguments += ["--first-stage-epochs", "0", "--teacher-epochs", "1", "--teacher-weights", str(weights)]
     with pytest.raises(SystemExit):
         main(arguments)
-    assert "say --teacher-config" in capsys.readouterr().err
+    assert "go together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--teacher-config", str(told), "--teacher-epochs", "0"])
+    assert "leaves no teacher" in capsys.readouterr().err
 
     main([*arguments, "--teacher-config", str(told)])
 
-    assert json.loads((data / "run" / "teacher" / "config.json").read_text())["muon"] is False
+    config = json.loads((data / "run" / "teacher" / "config.json").read_text())
+    assert (config["muon"], config["num_heads"], config["mean"]) == (False, 4, [0.5, 0.5, 0.5])
+    assert config["weights_sha256"] == sha256_of(weights)
+    taught = json.loads((data / "run" / "network" / "config.json").read_text())["taught_by"]
+    assert taught == f"a Vision Transformer, {sha256_of(weights)[:16]}"
     assert "teacher, test top-1" in capsys.readouterr().out
+    other, _ = write_checkpoint(data, checkpoint(layer_scale=True))
+    with pytest.raises(ValueError, match="teacher holds a run with another weights_sha256"):
+        main([*arguments, "--teacher-config", str(told), "--teacher-weights", str(other)])
 
 
 def test_the_mapping_of_imagenet_names_only_classes_of_the_model() -> None:
