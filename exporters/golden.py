@@ -13,7 +13,7 @@ from app.runtime.ort_backend import OrtBackend
 from app.types import Array
 from models.manifest import LOGITS, PIXELS, ModelManifest, PreprocessSpec
 
-GOLDEN_IMAGES = 4
+GOLDEN_IMAGES = 3
 
 
 def golden_images(spec: PreprocessSpec) -> Array:
