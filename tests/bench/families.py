@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers as t
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -44,6 +46,7 @@ from tests.bench.report import write_section
 from tests.families import as_if_trained
 
 CLASSES = 1000
+NUM_PHOTOS, PHOTO_STEP = 16, 31  # for the statistics of batch norms
 BIT = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
 SPEC = PreprocessSpec(
     resize=256, crop=(224, 224), interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), layout="uint8_nhwc"
@@ -124,7 +127,7 @@ def main() -> int:
     makers: dict[str, Callable[[Path], tuple[Exportable, PreprocessSpec, int]]] = {
         "ViT-Ti/16": lambda _: _ours(192, 3),
         "DeiT-S/16": lambda _: _ours(384, 6),
-        **{name: lambda folder, name=name: _theirs(folder, name) for name in THEIRS},
+        **{name: lambda folder, name=name: _theirs(folder, name, args.images) for name in THEIRS},
         **{name: lambda folder, name=name: _timms(folder, name) for name in TIMMS},
     }
     rows, failed, missing = [], [], []
@@ -177,13 +180,15 @@ def _ours(width: int, heads: int) -> tuple[Exportable, PreprocessSpec, int]:
     return ViTExport(model, SPEC), SPEC, _count(model)
 
 
-def _theirs(folder: Path, name: str) -> tuple[Exportable, PreprocessSpec, int]:
+def _theirs(folder: Path, name: str, images: Path) -> tuple[Exportable, PreprocessSpec, int]:
     configuration, processor = (make() for make in THEIRS[name])
     configuration.num_labels = CLASSES
     torch.manual_seed(0)
     model = getattr(t, type(configuration).__name__.replace("Config", "ForImageClassification"))(configuration)
-    side = processor(torch.zeros(3, 300, 300).numpy(), return_tensors="pt")["pixel_values"].shape[-2:]
-    as_if_trained(model, lambda: model(pixel_values=torch.randn(4, 3, *side)))
+    photos = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(images.rglob("*.*"))[::PHOTO_STEP][:NUM_PHOTOS]]
+    seen = processor(photos, return_tensors="pt")["pixel_values"]
+    # Batch norms must know photographs: with the statistics of noise such a network is chaotic, in fp32 too.
+    as_if_trained(model, lambda: model(pixel_values=seen))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return _whole(TransformersWholeSource(folder).load(), model)
