@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,7 @@ def _modern(model: ModelProto) -> ModelProto:
     try:
         return onnx.version_converter.convert_version(graph, MIN_OPSET)
     except Exception as error:  # the converter's errors have no common base
-        raise GraphError(f"its opset is {version}, and it cannot be brought to {MIN_OPSET}: {_first_line(error)}") from error
+        raise GraphError(f"its opset is {version}, and it cannot be brought to {MIN_OPSET}: {first_line(error)}") from error
 
 
 def _take_softmax_off(graph: ModelProto) -> None:
@@ -171,7 +171,8 @@ def names_used(node: NodeProto) -> Iterator[str]:
                 yield from names_used(inner)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says, or its kind where it says nothing: libraries go on for pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -186,12 +187,18 @@ def run(model: ModelProto, inputs: dict[str, Array]) -> dict[str, Array]:
     Raises:
         GraphError: ONNX Runtime cannot load or run it.
     """
+    return next(_runs(model, [inputs]))
+
+
+def _runs(model: ModelProto, batches: Iterable[dict[str, Array]]) -> Iterator[dict[str, Array]]:
+    """Of each batch, by one session."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)
         names = [value.name for value in session.get_outputs()]
-        return dict(zip(names, session.run(names, inputs), strict=True))
+        for inputs in batches:
+            yield dict(zip(names, session.run(names, inputs), strict=True))
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise GraphError(f"the graph does not run: {error}") from error
 
@@ -204,7 +211,7 @@ def logits_of(model: ModelProto, pixels: FloatArray, *, at_once: bool = True) ->
     """
     name = model.graph.input[0].name
     parts = [pixels] if at_once else [pixels[index : index + 1] for index in range(len(pixels))]
-    return np.concatenate([next(iter(run(model, {name: part}).values())) for part in parts])
+    return np.concatenate([logits for found in _runs(model, ({name: part} for part in parts)) for logits in found.values()])
 
 
 def multiply_adds(model: ModelProto) -> int:

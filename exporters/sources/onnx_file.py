@@ -12,7 +12,7 @@ import onnx
 from app.types import FloatArray
 from exporters.sources.base import SourceError, WholeModel
 from exporters.sources.preprocessor import preprocessing_of
-from exporters.whole_graph import GraphError, classifier, height_and_width, logits_of, simplified
+from exporters.whole_graph import GraphError, classifier, first_line, height_and_width, logits_of, simplified
 from models.weights import sha256_of
 
 BATCH = 2  # that a graph must be able to take
@@ -42,8 +42,7 @@ class OnnxSource:
             model = onnx.load(self.file)
             onnx.checker.check_model(model)
         except Exception as error:  # protobuf's and the checker's errors have no common base
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SourceError(f"{self.file.name} is no ONNX model: {first}") from error
+            raise SourceError(f"{self.file.name} is no ONNX model: {first_line(error)}") from error
         try:
             graph = simplified(classifier(model))
         except GraphError as error:

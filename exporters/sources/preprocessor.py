@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from exporters.sources.base import SourceError, faults_of
-from exporters.sources.timm_vit import TimmConfig, timm_preprocessing
+from exporters.sources.base import SourceError
+from exporters.sources.timm_vit import timm_preprocessing, told_by
 from exporters.sources.transformers_whole import image_processor, preprocessing
 from models.manifest import PreprocessSpec
 
@@ -27,10 +25,7 @@ def preprocessing_of(path: Path, size: tuple[int, int]) -> PreprocessSpec:
     except ValueError as error:
         raise SourceError(f"{path.name} is no JSON: {error}") from error
     if isinstance(told, dict) and "pretrained_cfg" in told:
-        try:
-            spec = timm_preprocessing(TimmConfig.model_validate(told).pretrained_cfg)
-        except ValidationError as error:
-            raise SourceError(f"{path.name} is not a configuration as timm writes it: {faults_of(error)}") from error
+        spec = timm_preprocessing(told_by(path).pretrained_cfg)
     else:
         spec, flipped = preprocessing(image_processor(path))
         if flipped:

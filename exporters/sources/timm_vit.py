@@ -8,6 +8,7 @@ Preprocessing comes from the configuration; nothing is assumed where it says not
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,12 +64,7 @@ class TimmSource:
             SourceError: the configuration lacks something, or says what is not supported.
             WeightsError: the checkpoint lacks a tensor, has one too many, or one of another shape.
         """
-        try:
-            told = TimmConfig.model_validate_json(self.config.read_bytes())
-        except ValidationError as error:
-            raise SourceError(f"{self.config.name} is not a configuration as timm writes it: {faults_of(error)}") from error
-        if len(self.labels) != told.num_classes:
-            raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
+        told = told_by(self.config, self.labels)
         state = load_state_dict(self.weights)
         width = width_of(state)
         num_heads = told.model_args.get("num_heads", num_heads_of(state))
@@ -85,6 +81,24 @@ class TimmSource:
             told.architecture,
             has_exits=len(model.stages) == 1,
         )
+
+
+def told_by(config: Path, labels: Sequence[str] | None = None) -> TimmConfig:
+    """What a `config.json` says.
+
+    Args:
+        labels: where given, one per class.
+
+    Raises:
+        SourceError: it is not one of timm's, or has another number of classes.
+    """
+    try:
+        told = TimmConfig.model_validate_json(config.read_bytes())
+    except ValidationError as error:
+        raise SourceError(f"{config.name} is not a configuration as timm writes it: {faults_of(error)}") from error
+    if labels is not None and len(labels) != told.num_classes:
+        raise SourceError(f"there are {len(labels)} labels, and {told.architecture} has {told.num_classes} classes")
+    return told
 
 
 def timm_preprocessing(told: Pretrained) -> PreprocessSpec:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from exporters.sources.base import SourceError, WholeModel, faults_of
-from exporters.sources.timm_vit import TimmConfig, timm_preprocessing
+from exporters.sources.base import SourceError, WholeModel
+from exporters.sources.timm_vit import timm_preprocessing, told_by
 from exporters.sources.torch_graph import answers, traced
+from exporters.whole_graph import first_line
 from models.weights import WeightsError, load_state_dict, sha256_of
 
 
@@ -38,18 +38,13 @@ class TimmWholeSource:
             WeightsError: the checkpoint does not fit.
         """
         timm = _package()
-        try:
-            told = TimmConfig.model_validate_json(self.config.read_bytes())
-        except ValidationError as error:
-            raise SourceError(f"{self.config.name} is not a configuration as timm writes it: {faults_of(error)}") from error
-        if len(self.labels) != told.num_classes:
-            raise SourceError(f"there are {len(self.labels)} labels, and {told.architecture} has {told.num_classes} classes")
+        told = told_by(self.config, self.labels)
         try:
             model: torch.nn.Module = timm.create_model(
                 told.architecture, pretrained=False, num_classes=told.num_classes, exportable=True, **told.model_args
             )
         except (RuntimeError, TypeError, ValueError) as error:
-            raise SourceError(f"timm does not build {told.architecture}: {str(error).strip().splitlines()[0]}") from error
+            raise SourceError(f"timm does not build {told.architecture}: {first_line(error)}") from error
         state = load_state_dict(self.weights)
         try:
             missing, unexpected = model.load_state_dict(state, strict=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.types import FloatArray
 from exporters.sources.base import SourceError
-from exporters.whole_graph import GraphError, classifier, logits_of, simplified
+from exporters.whole_graph import GraphError, classifier, first_line, logits_of, simplified
 
 TRACED_BATCH, OTHER_BATCHES = 2, (1, 3)
 OPSET = 20  # as exporters.graph_writer: the first with Gelu
@@ -64,8 +64,7 @@ def traced(network: nn.Module, forward: Callable[[Tensor], Tensor], name: str, s
             )
             graph = simplified(classifier(onnx.load(path)))
     except Exception as error:  # torch's, the network's own and ONNX's errors have no common base
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(f"{name} could not be written as ONNX: {first}") from error
+        raise SourceError(f"{name} could not be written as ONNX: {first_line(error)}") from error
     for batch in OTHER_BATCHES:
         try:
             found = logits_of(graph, np.zeros((batch, 3, *size), np.float32))

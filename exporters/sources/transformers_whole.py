@@ -20,6 +20,7 @@ from app.types import Array, FloatArray
 from exporters.sources.base import SourceError, WholeModel
 from exporters.sources.torch_graph import answers, traced
 from exporters.sources.transformers_vit import RESAMPLE, WEIGHTS
+from exporters.whole_graph import first_line
 from models.manifest import PreprocessSpec
 from models.weights import sha256_of
 
@@ -50,7 +51,7 @@ class TransformersWholeSource:
                 self.folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            raise SourceError(f"transformers does not load {self.folder.name}: {_said(error)}") from error
+            raise SourceError(f"transformers does not load {self.folder.name}: {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]) + sorted(found["mismatched_keys"]):
             raise SourceError(f"the weights of {self.folder.name} lack {', '.join(map(str, missing[:5]))}: is it a classifier?")
         model.eval()
@@ -65,7 +66,7 @@ class TransformersWholeSource:
             num_classes = answer(np.zeros((1, 3, *spec.crop), np.float32)).shape[-1]
         except Exception as error:  # whatever a network's own code says of pictures of another size
             raise SourceError(
-                f"{self.folder.name} does not take {spec.crop} pixels, which its processor gives: {_said(error)}"
+                f"{self.folder.name} does not take {spec.crop} pixels, which its processor gives: {first_line(error)}"
             ) from error
         if num_classes != len(labels):
             raise SourceError(f"{self.folder.name} names {len(labels)} classes, and its network has {num_classes}")
@@ -77,7 +78,7 @@ class TransformersWholeSource:
         try:
             named = package().AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label
         except (OSError, ValueError, KeyError) as error:
-            raise SourceError(f"transformers does not know {self.folder.name}: {_said(error)}") from error
+            raise SourceError(f"transformers does not know {self.folder.name}: {first_line(error)}") from error
         return tuple(named[number] for number in sorted(named))
 
 
@@ -106,7 +107,7 @@ def image_processor(path: Path) -> Any:
     try:
         return package().AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SourceError(f"transformers finds no image processor in {path.name}: {_said(error)}") from error
+        raise SourceError(f"transformers finds no image processor in {path.name}: {first_line(error)}") from error
 
 
 def preprocessing(processor: Any) -> tuple[PreprocessSpec, bool]:
@@ -199,10 +200,6 @@ def _pictures(size: tuple[int, int]) -> Iterator[Array]:
         coarse = generator.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3)).astype(np.float64)
         fine = np.kron(coarse, np.ones((16, 16, 1)))[:height, :width]
         yield fine.astype(np.uint8)
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _three(values: Array) -> tuple[float, float, float]:
