@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +101,7 @@ def export(
 ) -> None:
     """Make a published version, fp32 and INT8: of a ViT in stages with exits, of any other classifier in one piece."""
     console = Console()
-    try:
+    with _told(console):
         named = {"--weights": weights, "--checkpoint": checkpoint, "--onnx": onnx}
         if len(given := [option for option, value in named.items() if value is not None]) > 1:
             raise SourceError(f"say one of {' and '.join(given)}")
@@ -119,7 +121,7 @@ def export(
             repository=repository,
             version=version,
             unlabelled=unlabelled,
-            folders=None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))},
+            folders=_numbered(folders),
             other_images=_named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
             int8=int8,
@@ -151,12 +153,23 @@ def export(
         )
         if dry_run:
             _print_plan(console, plan(config))
-            return
-        with ConsoleProgress.on(console) as progress:
-            directory = run(config, progress)
+        else:
+            _publish(console, config)
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[None]:
+    """What its user can mend ends the command with a line."""
+    try:
+        yield
     except UNUSABLE as error:
         console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from error
+
+
+def _publish(console: Console, config: ExportConfig) -> None:
+    with ConsoleProgress.on(console) as progress:
+        directory = run(config, progress)
     print_tables(console, from_report(directory))
     console.print(f"published {directory}", soft_wrap=True)
 
@@ -206,6 +219,11 @@ def _numbers(text: str | None) -> tuple[int, ...]:
         raise SourceError(f"{text!r} are no numbers of blocks; say --boundaries 4,8,12") from error
 
 
+def _numbered(folders: Path | None) -> dict[str, int] | None:
+    """The class of each folder: its line."""
+    return None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))}
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text().rstrip("\n").split("\n")
 
@@ -240,7 +258,7 @@ def quantize(
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
     console = Console()
-    try:
+    with _told(console):
         stored = PublishedSource(repository, model, source).open().manifest
         told, published = stored.provenance, PublishedSource(repository, model, stored.version)
         config = ExportConfig(
@@ -251,7 +269,7 @@ def quantize(
             repository=repository,
             version=version,
             unlabelled=unlabelled,
-            folders=None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))},
+            folders=_numbered(folders),
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             data=told.get("data", "not stated"),
             training=told.get("training", "not stated"),
@@ -270,13 +288,7 @@ def quantize(
                 command="quantize",
             ),
         )
-        with ConsoleProgress.on(console) as progress:
-            directory = run(config, progress)
-    except UNUSABLE as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
-    print_tables(console, from_report(directory))
-    console.print(f"published {directory}", soft_wrap=True)
+        _publish(console, config)
 
 
 @app.command()
@@ -294,14 +306,11 @@ def evaluate(
 ) -> None:
     """Measure a published version: accuracy and calibration of each exit, what exits and INT8 cost and save."""
     console = Console()
-    try:
+    with _told(console):
         mapping = None if classes is None else json.loads(classes.read_text())
         names = None if folders is None else _lines(folders)
         with ConsoleProgress.on(console) as progress:
             found = remeasure(repository, model, version, images, classes=mapping, folders=names, progress=progress)
-    except (ImageSetError, ServiceError, json.JSONDecodeError) as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
     print_tables(console, found)
     if diagram is not None:
         variants = found.variants

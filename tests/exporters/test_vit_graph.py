@@ -16,35 +16,16 @@ from exporters.golden import golden_images
 from exporters.graph_writer import IN_FP32, ActivationRange
 from exporters.quantization import layers_of
 from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule
-from exporters.staging import stage_specs, token_counts
+from exporters.staging import stage_specs
 from exporters.validation import normalised
-from exporters.vit_graph import stage_graph
+from exporters.vit_export import stage_graphs
 from exporters.whole_graph import multiply_adds
 from models.efficient_attention import GATHERS
-from models.manifest import LOGITS, PIXELS, PreprocessSpec
+from models.manifest import LOGITS, PIXELS
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
 from models.vit import Head, ViTConfig
 from models.zoo import ZOO, create_model
-
-
-def graphs(model: MultiExitViT, spec: PreprocessSpec, **options: object) -> list[onnx.ModelProto]:
-    """Every stage of a network; `ranges` is a list with one mapping a stage."""
-    ranges, counts = options.pop("ranges", None), token_counts(model)
-    return [
-        stage_graph(
-            stage,
-            index,
-            model.config,
-            spec,
-            entering=counts[index],
-            leaving=counts[index + 1],
-            last=index == len(model.stages) - 1,
-            ranges=ranges[index] if ranges else None,
-            **options,
-        )
-        for index, stage in enumerate(model.stages)
-    ]
 
 
 def run_chain(models: list[onnx.ModelProto], pixels: np.ndarray) -> list[np.ndarray]:
@@ -83,7 +64,7 @@ def test_fp32_equals_pytorch(model: MultiExitViT, layout: str, batch_size: int) 
     with torch.no_grad():
         expected = model(normalised(pixels, spec))
 
-    for mine, theirs in zip(run_chain(graphs(model, spec), pixels), expected, strict=True):
+    for mine, theirs in zip(run_chain(stage_graphs(model, spec), pixels), expected, strict=True):
         # 1e-4: float32 sums in another order over six blocks
         np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4)
 
@@ -91,7 +72,7 @@ def test_fp32_equals_pytorch(model: MultiExitViT, layout: str, batch_size: int) 
 def test_the_graph_has_the_interface_that_the_manifest_says(model: MultiExitViT) -> None:
     """Names and shapes of `stage_specs` are those of the files; batch is the only free axis."""
     spec = ZOO["test_vit"].preprocess
-    for stage, graph in zip(stage_specs(model, spec), graphs(model, spec), strict=True):
+    for stage, graph in zip(stage_specs(model, spec), stage_graphs(model, spec), strict=True):
         for wanted, found in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
             shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in found}
             assert shapes == {tensor.name: tensor.shape for tensor in wanted}
@@ -101,8 +82,8 @@ def test_int8_is_near_fp32_and_smaller(model: MultiExitViT) -> None:
     """Every linear layer of every block is quantized; logits stay close."""
     spec = ZOO["test_vit"].preprocess
     pixels = golden_images(spec)
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
-    int8, fp32 = graphs(model, spec, ranges=ranges), graphs(model, spec)
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8, fp32 = stage_graphs(model, spec, ranges=ranges), stage_graphs(model, spec)
 
     kinds = [node.op_type for stage in int8 for node in stage.graph.node]
     of_the_class_token = model.config.num_prefix_tokens > 0  # its query is a layer of its own in the last block
@@ -117,7 +98,7 @@ def test_ranges_are_the_extremes_of_each_layers_input(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, spec = trained("test_vit"), ZOO["test_vit"].preprocess
     pixels = golden_images(spec)
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig(batch_size=3))
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig(batch_size=3))
 
     stage = model.stages[0]
     with torch.no_grad():
@@ -158,9 +139,9 @@ def test_an_int8_stem_is_near_fp32_however_the_pixels_come(case: str) -> None:
     else:
         spec = spec.model_copy(update={"layout": "float32_nchw"})
     pixels = golden_images(spec)
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
     stem_only = [{name: r for name, r in stage.items() if name.startswith("stem.")} for stage in ranges]
-    int8, fp32 = graphs(model, spec, ranges=stem_only), graphs(model, spec)
+    int8, fp32 = stage_graphs(model, spec, ranges=stem_only), stage_graphs(model, spec)
 
     kinds = [node.op_type for node in int8[0].graph.node]
     depth = len(ZOO["vit_cifar10"].config.stem)
@@ -178,10 +159,10 @@ def test_an_int8_stem_pads_with_what_is_zero_to_the_network() -> None:
             norm.bias.fill_(0.25)  # else everything is zero
     spec = ZOO["vit_cifar10"].preprocess
     pixels = np.full((1, 32, 32, 3), 123, np.uint8)
-    exposed = graphs(model, spec, expose=True)
+    exposed = stage_graphs(model, spec, expose=True)
     ranges = collect_ranges(exposed, pixels, CalibrationConfig())
     stem_only = [{name: r for name, r in stage.items() if name == "stem.0" or "stem" in name} for stage in ranges]
-    first = graphs(model, spec, ranges=stem_only)[0]
+    first = stage_graphs(model, spec, ranges=stem_only)[0]
     convolution = next(node for node in first.graph.node if node.op_type == "QLinearConv")
     first.graph.output.append(onnx.helper.make_tensor_value_info(convolution.output[0], onnx.TensorProto.UINT8, None))
 
@@ -216,12 +197,12 @@ def test_reduced_tokens_equal_pytorch(method: str, batch_size: int) -> None:
         expected = model(normalised(pixels, spec))
         plain = reduced("test_vit", method, {})(normalised(pixels, spec))
 
-    found = run_chain(graphs(model, spec), pixels)
+    found = run_chain(stage_graphs(model, spec), pixels)
 
     for mine, theirs, unreduced in zip(found, expected, plain, strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
         assert np.abs(mine - unreduced.numpy()).max() > 1e-2
-    for stage, graph in zip(stage_specs(model, spec), graphs(model, spec), strict=True):
+    for stage, graph in zip(stage_specs(model, spec), stage_graphs(model, spec), strict=True):
         for wanted, given in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
             shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in given}
             assert shapes == {tensor.name: tensor.shape for tensor in wanted}
@@ -234,7 +215,7 @@ def test_merging_without_a_class_token_equals_pytorch() -> None:
     with torch.no_grad():
         expected = model(normalised(pixels, spec))
 
-    for mine, theirs in zip(run_chain(graphs(model, spec), pixels), expected, strict=True):
+    for mine, theirs in zip(run_chain(stage_graphs(model, spec), pixels), expected, strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
 
 
@@ -243,9 +224,9 @@ def test_fewer_tokens_cost_less_and_int8_goes_with_them() -> None:
     model, spec = reduced("test_vit", "tome", REDUCED), ZOO["test_vit"].preprocess
     pixels = golden_images(spec)
     costs = [sum(s.gmacs for s in stage_specs(m, spec)) for m in (model, reduced("test_vit", "tome", {}))]
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
 
-    int8, fp32 = (run_chain(graphs(model, spec, ranges=r), pixels) for r in (ranges, None))
+    int8, fp32 = (run_chain(stage_graphs(model, spec, ranges=r), pixels) for r in (ranges, None))
 
     assert costs[0] < 0.75 * costs[1]
     for mine, theirs in zip(int8, fp32, strict=True):
@@ -261,12 +242,12 @@ def test_a_channel_that_ranges_far_beyond_the_others_stays_fp32() -> None:
         norm.weight[5] = 300.0
         model.stages[1].blocks[0].mlp.fc1.weight[:, 5] /= 300.0
     pixels = golden_images(spec)
-    exposed = graphs(model, spec, expose=True)
-    fp32 = run_chain(graphs(model, spec), pixels)
+    exposed = stage_graphs(model, spec, expose=True)
+    fp32 = run_chain(stage_graphs(model, spec), pixels)
     errors = {}
     for name, config in (("apart", CalibrationConfig()), ("inside", CalibrationConfig(max_outliers=0))):
         ranges = collect_ranges(exposed, pixels, config)
-        errors[name] = np.abs(run_chain(graphs(model, spec, ranges=ranges), pixels)[-1] - fp32[-1]).max()
+        errors[name] = np.abs(run_chain(stage_graphs(model, spec, ranges=ranges), pixels)[-1] - fp32[-1]).max()
         layer = ranges[1]["blocks.0.mlp.fc1"]
         assert layer.outliers == ((5,) if name == "apart" else ())
         assert (layer.high > 100) == (name == "inside")
@@ -298,7 +279,7 @@ def test_efficient_attention_equals_pytorch_and_costs_what_is_told(kind: str, po
     with torch.no_grad():
         expected = [logits.numpy() for logits in model(normalised(pixels, spec))]
 
-    stages = graphs(model, spec)
+    stages = stage_graphs(model, spec)
 
     for size in (1, 5):
         for mine, theirs in zip(run_chain(stages, pixels[:size]), expected, strict=True):
@@ -306,9 +287,9 @@ def test_efficient_attention_equals_pytorch_and_costs_what_is_told(kind: str, po
     told = [stage.gmacs for stage in stage_specs(model, spec)]
     whole = MultiExitViT(config, (3,)).eval()  # so that its last block answers what the head sees
     assert told[0] == pytest.approx(multiply_adds(stages[0]) / 1e9, rel=1e-6)
-    assert stage_specs(whole, spec)[0].gmacs == pytest.approx(multiply_adds(graphs(whole, spec)[0]) / 1e9, rel=1e-6)
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
-    int8 = run_chain(graphs(model, spec, ranges=ranges), pixels)[-1]
+    assert stage_specs(whole, spec)[0].gmacs == pytest.approx(multiply_adds(stage_graphs(whole, spec)[0]) / 1e9, rel=1e-6)
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8 = run_chain(stage_graphs(model, spec, ranges=ranges), pixels)[-1]
     assert 0 < np.abs(int8 - expected[-1]).max() < 0.3 * np.ptp(expected[-1])
 
 
@@ -334,20 +315,20 @@ def test_class_attention_and_talking_heads_equal_pytorch(boundaries: tuple[int, 
     colours = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     pixels = np.kron(colours, np.ones((1, 4, 4, 1), np.uint8))  # a patch is a colour: no two are nearly as alike as another two
     told = stage_specs(model, spec)[0].gmacs
-    assert told == pytest.approx(multiply_adds(graphs(model, spec)[0]) / 1e9, rel=1e-6)
+    assert told == pytest.approx(multiply_adds(stage_graphs(model, spec)[0]) / 1e9, rel=1e-6)
     for reduction in (None, "token_pooling:9", "tome:9"):
         if reduction:
             apply_schedule(model, ReductionSchedule.parse(reduction, 3, 64))
         with torch.no_grad():
             expected = [logits.numpy() for logits in model(normalised(pixels, spec))]
         for size in (1, 5):
-            for mine, theirs in zip(run_chain(graphs(model, spec), pixels[:size]), expected, strict=True):
+            for mine, theirs in zip(run_chain(stage_graphs(model, spec), pixels[:size]), expected, strict=True):
                 # Where two tokens are as good as each other another order of summation may choose the other.
                 difference = np.abs(mine - theirs[:size]).max(axis=1)
                 assert np.median(difference) < 1e-3
                 assert difference.max() < (0.02 if reduction else 1e-3)
-    ranges = collect_ranges(graphs(model, spec, expose=True), pixels, CalibrationConfig())
-    int8 = run_chain(graphs(model, spec, ranges=ranges), pixels)[-1]
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8 = run_chain(stage_graphs(model, spec, ranges=ranges), pixels)[-1]
     assert 0 < np.abs(int8 - expected[-1]).max() < 0.3 * np.ptp(expected[-1])
 
 
@@ -375,7 +356,7 @@ def test_heads_that_talk_stay_fp32_in_a_published_version_too() -> None:
         {"attention": "performer", "attention_rank": 6},
     ):
         config = ViTConfig(32, 4, 32, 2, 4, 5, mlp_ratio=2.0, **more)  # type: ignore[arg-type]
-        (graph,) = graphs(MultiExitViT(config, (2,)).eval(), ZOO["test_vit"].preprocess)
+        (graph,) = stage_graphs(MultiExitViT(config, (2,)).eval(), ZOO["test_vit"].preprocess)
         for index, node in enumerate(graph.graph.node):
             node.name = f"{node.op_type}_{index}"
         layers = layers_of(graph)
