@@ -28,6 +28,49 @@ IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write `teacher/`, `network/` and `held_out.zip`, and print the test accuracy of each exit."""
+    arguments = _arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    entry = ZOO[arguments.model]
+    data, held_out, test = load(arguments.data, entry.labels)
+    if arguments.photos is not None:
+        classes = json.loads(arguments.photo_classes.read_text())
+        photos = read_photos(arguments.photos, entry.labels, classes, entry.config.image_size)
+        data = join(data, photos)
+        print(f"{len(photos.labels)} further photographs")
+    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+    write_held_out(arguments.data / "train.zip", arguments.run_dir / HELD_OUT)
+
+    teacher, taught_by = _taught(arguments, entry, data, held_out)
+    if teacher is not None:
+        print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=StudentConfig().bf16)[0]:.2f} %")
+
+    student_config = replace(
+        StudentConfig(),
+        model=arguments.model,
+        epochs=arguments.epochs,
+        first_stage_epochs=arguments.first_stage_epochs,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        taught_by=taught_by,
+        started_from="" if arguments.start_from is None else sha256_of(arguments.start_from),
+    )
+    student = StudentLearner(student_config, entry, teacher)
+    if arguments.start_from is not None:
+        student.start_from(arguments.start_from)
+    if student_config.first_stage_epochs:
+        first_config = replace(student_config, epochs=student_config.first_stage_epochs)
+        first = StudentLearner(first_config, entry, teacher, num_stages=1)
+        start_white(first, data)
+        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage")
+        student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
+    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
+    accuracies = accuracy_per_exit(student, test, bf16=False)
+    print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     student_config = StudentConfig()
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.zip and test.zip, <class>/<n>.jpg inside")
@@ -44,6 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"of the first stage alone, before; default {student_config.first_stage_epochs}",
     )
     parser.add_argument(
+        "--start-from",
+        type=Path,
+        help="another run's network/checkpoint.pt, instead of a first stage: learn on, by another teacher",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=student_config.learning_rate,
+        help=f"the highest, of the network; default {student_config.learning_rate}; less is wise with --start-from",
+    )
+    parser.add_argument(
         "--teacher-epochs",
         type=int,
         help=f"of a teacher, before; default {TeacherConfig().epochs}, {PretrainedTeacherConfig().epochs} of one with weights; "
@@ -57,46 +111,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher-config", type=Path, help="its config.json, as timm writes it: mean, std, heads")
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-
     if (arguments.teacher_weights is None) != (arguments.teacher_config is None):
         parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
     if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
         parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
-
-    entry = ZOO[arguments.model]
-    data, held_out, test = load(arguments.data, entry.labels)
-    if arguments.photos is not None:
-        classes = json.loads(arguments.photo_classes.read_text())
-        photos = read_photos(arguments.photos, entry.labels, classes, entry.config.image_size)
-        data = join(data, photos)
-        print(f"{len(photos.labels)} further photographs")
-    arguments.run_dir.mkdir(parents=True, exist_ok=True)
-    write_held_out(arguments.data / "train.zip", arguments.run_dir / HELD_OUT)
-
-    teacher, taught_by = _taught(arguments, entry, data, held_out)
-    if teacher is not None:
-        print(f"teacher, test top-1: {100 * accuracy_per_exit(teacher, test, bf16=student_config.bf16)[0]:.2f} %")
-
-    student_config = replace(
-        student_config,
-        model=arguments.model,
-        epochs=arguments.epochs,
-        first_stage_epochs=arguments.first_stage_epochs,
-        seed=arguments.seed,
-        taught_by=taught_by,
-    )
-    student = StudentLearner(student_config, entry, teacher)
-    if student_config.first_stage_epochs:
-        first_config = replace(student_config, epochs=student_config.first_stage_epochs)
-        first = StudentLearner(first_config, entry, teacher, num_stages=1)
-        start_white(first, data)
-        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage")
-        student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
-    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
-    accuracies = accuracy_per_exit(student, test, bf16=False)
-    print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
+    if arguments.start_from is not None:
+        if not arguments.start_from.is_file():
+            parser.error(f"--start-from: there is no {arguments.start_from}")
+        arguments.first_stage_epochs = 0
+    return arguments
 
 
 def _taught(arguments: argparse.Namespace, entry: ZooEntry, data: Split, held_out: Split) -> tuple[TeacherLearner | None, str]:

@@ -61,4 +61,5 @@ class StudentConfig(RunConfig):
     weight_decay: float = 0.05
     exit_weights: tuple[float, ...] = (0.6, 0.8, 1.0)  # of each exit's loss, first to last
     taught_by: str = "a convolutional network"
+    started_from: str = ""  # SHA-256 of another run's checkpoint, if any
     distillation: float = 0.7  # share of the teacher in an exit's loss; the labels have the rest

@@ -23,7 +23,7 @@ from models.training.data import Split, to_tensor
 
 CHECKPOINT, LOG, CONFIG, CURVES = "checkpoint.pt", "log.jsonl", "config.json", "curves.png"
 MAX_GRADIENT_NORM = 1.0
-SINCE = {"muon": True, "taught_by": "a convolutional network"}  # what runs did before it could be said
+SINCE = {"muon": True, "taught_by": "a convolutional network", "started_from": ""}  # what runs did before it could be said
 RUNNING_MEAN = 0.98  # of what the progress bar shows
 
 

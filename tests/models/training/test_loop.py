@@ -95,7 +95,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(data: Split, tmp_path: Path
     """It did then what is said by the setting now; a run that would do something else is refused by its name."""
     fit(StudentLearner(CONFIG, ENTRY, None), CONFIG, data, data, tmp_path, "network")
     told = json.loads((tmp_path / "config.json").read_text())
-    del told["muon"], told["taught_by"]
+    del told["muon"], told["taught_by"], told["started_from"]
     (tmp_path / "config.json").write_text(json.dumps(told))
     fit(StudentLearner(CONFIG, ENTRY, None), CONFIG, data, data, tmp_path, "network")
     (tmp_path / "config.json").write_text(json.dumps(told))

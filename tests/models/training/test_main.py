@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.training.__main__ import IMAGENET_CLASSES, main
 from models.training.data import hold_out, read_archive, write_held_out
@@ -88,6 +89,29 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
     other, _ = write_checkpoint(data, checkpoint(layer_scale=True))
     with pytest.raises(ValueError, match="teacher holds a run with another weights_sha256"):
         main([*arguments, "--teacher-config", str(told), "--teacher-weights", str(other)])
+
+
+def test_a_network_can_learn_on_from_another_run(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step of no length leaves the weights of the run it started from, and its configuration names them."""
+    arguments = ["--data", str(data), "--model", "test_vit", "--epochs", "1", "--teacher-epochs", "0"]
+    main([*arguments, "--run-dir", str(data / "first"), "--first-stage-epochs", "0"])
+    first = data / "first" / "network" / "checkpoint.pt"
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run-dir", str(data / "second"), "--start-from", str(first.with_name("lost.pt"))])
+    assert "there is no" in capsys.readouterr().err
+
+    main([*arguments, "--run-dir", str(data / "second"), "--start-from", str(first), "--learning-rate", "0"])
+
+    second = torch.load(data / "second" / "network" / "checkpoint.pt", weights_only=True)["model"]
+    before = torch.load(first, weights_only=True)["model"]
+    assert all(
+        torch.equal(second[name], value)
+        for name, value in before.items()
+        if value.is_floating_point() and "running" not in name
+    )
+    config = json.loads((data / "second" / "network" / "config.json").read_text())
+    assert (config["started_from"], config["first_stage_epochs"]) == (sha256_of(first), 0)
+    assert not (data / "second" / "first_stage").exists()
 
 
 def test_the_mapping_of_imagenet_names_only_classes_of_the_model() -> None:
