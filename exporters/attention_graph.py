@@ -1,4 +1,10 @@
-"""Efficient attention (`models.efficient_attention`) as ONNX nodes."""
+"""The products of attention as ONNX nodes, in fp32 or INT8, and efficient attention (`models.efficient_attention`).
+
+INT8: what a query and a key have in common is hardly hurt by it (docs/adr/0015). Weights of attention have no scale that suits
+a row of 0.9 and zeros as well as one of two hundred 0.005: how far the bytes reach is chosen per block, by what gathering with
+them does to values of the calibration images, and values are centred first (`exporters.equalization`), so that what rounding
+takes from the sum of a row costs little.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,54 @@ from torch import nn
 
 from exporters.graph_writer import IN_FP32, GraphWriter
 from models.efficient_attention import PERFORMER_FLOOR, PINV_ROUNDS, LinformerGather, NystromGather, PerformerGather
+
+INT8_FROM_TOKENS = 96  # below, quantizing costs what the products save
+QUERY, KEY, VALUE, WEIGHT = ":q", ":k", ":v", ":weight"  # behind a product's name: what has a range
+
+
+def by_head(graph: GraphWriter, x: str, heads: int, head_width: int, *, across: bool = False) -> str:
+    """(B, N, heads * d) -> (B, heads, N, d), or (B, heads, d, N)."""
+    x = graph.node("Reshape", x, graph.constant([0, 0, heads, head_width]))
+    return graph.node("Transpose", x, perm=[0, 2, 3, 1] if across else [0, 2, 1, 3])
+
+
+def scores(graph: GraphWriter, name: str, q: str, k: str, heads: int, head_width: int, *, small: bool) -> str:
+    """q k^T by head, (B, heads, N, N).
+
+    Args:
+        q, k: (B, N, heads * d); the query is divided by sqrt(d) already.
+        small: too small to be worth INT8.
+    """
+    if not small:
+        graph.expose(f"{name}{QUERY}", q)
+        graph.expose(f"{name}{KEY}", k)
+    if f"{name}{QUERY}" not in graph.ranges:
+        q, k = by_head(graph, q, heads, head_width), by_head(graph, k, heads, head_width, across=True)
+        return graph.node("MatMul", q, k)
+    q_names = graph.quantization(f"{name}.q", graph.ranges[f"{name}{QUERY}"].scale_and_zero_point())
+    k_names = graph.symmetric(f"{name}.k", graph.ranges[f"{name}{KEY}"])
+    q = by_head(graph, graph.node("QuantizeLinear", q, *q_names), heads, head_width)
+    k = by_head(graph, graph.node("QuantizeLinear", k, *k_names), heads, head_width, across=True)
+    return graph.integer_product(q, q_names, k, k_names)
+
+
+def mix(graph: GraphWriter, name: str, weights: str, v: str, heads: int, head_width: int, *, small: bool) -> str:
+    """What each head gathers, (B, heads, N, d).
+
+    Args:
+        weights: of attention, (B, heads, N, N); v: (B, N, heads * d).
+        small: too small to be worth INT8.
+    """
+    if f"{name}{VALUE}" not in graph.ranges:
+        values = by_head(graph, v, heads, head_width)
+        if not small:
+            graph.expose(f"{name}{VALUE}", v, num_channels=heads * head_width, mean=True)
+            graph.expose_errors(f"{name}{WEIGHT}", weights, values)
+        return graph.node("MatMul", weights, values)
+    weight_names = graph.quantization(f"{name}.weight", graph.ranges[f"{name}{WEIGHT}"].scale_and_zero_point())
+    v_names = graph.symmetric(f"{name}.v", graph.ranges[f"{name}{VALUE}"])
+    values = by_head(graph, graph.node("QuantizeLinear", v, *v_names), heads, head_width)
+    return graph.integer_product(graph.node("QuantizeLinear", weights, *weight_names), weight_names, values, v_names)
 
 
 def gather_tokens(graph: GraphWriter, name: str, module: nn.Module, q: str, k: str, v: str) -> str:

@@ -3,7 +3,7 @@
 A tensor has one scale for all its channels, so a channel that ranges over little has few steps left. Dividing each channel by a
 number of its own, in the layer that makes it, and multiplying the rows of the next layer by it changes nothing in fp32. The
 normalisations in front of attention and MLP take the division in their gain and bias, the values of attention in their rows of
-the projection. Behind the GELU there is nothing to take it.
+the projection. Behind the GELU there is nothing to take it. Values of attention are centred besides, where they become INT8.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019; between activations and
 weights as in Xiao et al., SmoothQuant, ICML 2023, equation 4 with a half.
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from app.types import Array
+from exporters.attention_graph import VALUE
 from exporters.calibration import Extremes
 from exporters.staging import blocks_of, stages_of
 from models.multi_exit import MultiExitViT
@@ -46,14 +47,34 @@ def _equalize_block(block: Block, name: str, seen: dict[str, Extremes]) -> None:
     attention = [f"{name}.attn.{layer}" for layer in ("qkv", "kv", "q") if f"{name}.attn.{layer}" in seen]
     _behind_norm(block.norm1, block.attn.qkv, attention, seen)
     _behind_norm(block.norm2, block.mlp.fc1, [f"{name}.mlp.fc1"], seen)
-    projection = f"{name}.attn.proj"
+    projection, values = f"{name}.attn.proj", f"{name}.attn.mix{VALUE}"
+    if values in seen:
+        _centre(block, projection, values, seen)
     if projection in seen:
         factor = _factor(seen[projection], block.attn.proj.weight)
         width = len(factor)
         block.attn.qkv.weight[2 * width :] /= factor.unsqueeze(1)
         block.attn.qkv.bias[2 * width :] /= factor
         block.attn.proj.weight *= factor
-        seen[projection] = seen[projection].divided(factor.numpy())
+        for layer in (projection, values):
+            if layer in seen:
+                seen[layer] = seen[layer].divided(factor.numpy())
+
+
+def _centre(block: Block, projection: str, values: str, seen: dict[str, Extremes]) -> None:
+    """Take the mean from the values and give it back behind attention: the weights of attention sum to 1, so that is exact.
+
+    What rounding takes from a weight then costs its share of what a value differs from the mean, not of all of it; and signed
+    bytes without a zero point suit what lies around zero.
+    """
+    mean = seen[values].mean
+    if mean is None:  # not asked for
+        return
+    offset = torch.from_numpy(mean)
+    block.attn.qkv.bias[-len(mean) :].sub_(offset)
+    block.attn.proj.bias.add_(block.attn.proj.weight @ offset)
+    for layer in (projection, values):
+        seen[layer] = seen[layer].moved(-mean)
 
 
 def _behind_norm(norm: nn.LayerNorm, linear: nn.Linear, layers: Sequence[str], seen: dict[str, Extremes]) -> None:

@@ -14,14 +14,16 @@ from torch import Tensor
 from app.types import Array
 
 OPSET = 20  # the first with Gelu
-MICROSOFT_OPSET = 1
+MICROSOFT, MICROSOFT_OPSET = "com.microsoft", 1
 IR_VERSION = 9  # of opset 20
 INT8_MAX = 127  # symmetric weights: -127 .. 127
 UINT8_MAX = 255
 SMALLEST_SCALE = 1e-18  # of activations and of weights: their product is still a float32
 
 IN_FP32 = ".in_fp32"  # in the name of weights inside attention: a step of INT8 is as large as what they work on
-LOW, HIGH = ".low", ".high"  # behind a layer's name: the extremes that calibration wants
+LOW, HIGH, MEAN = ".low", ".high", ".mean"  # behind a layer's name: the extremes that calibration wants, and the mean
+ERRORS = ".errors"  # and what each of `REACHES` would do
+REACHES = (1.0, 0.7, 0.5, 0.35, 0.25)  # of bytes for weights of attention: larger ones are taken for this
 
 Shape = tuple[int | str, ...]
 Quantization = tuple[np.float32, np.uint8]  # scale and zero point
@@ -46,6 +48,10 @@ class ActivationRange:
         if scale < SMALLEST_SCALE:  # one value only
             scale = 1.0
         return np.float32(scale), np.uint8(np.clip(round(-low / scale), 0, UINT8_MAX))
+
+    def symmetric_scale(self) -> np.float32:
+        """Of -127 .. 127, for what is multiplied from the right: the kernels want it signed and without a zero point."""
+        return np.float32(max(-self.low, self.high, INT8_MAX * SMALLEST_SCALE) / INT8_MAX)
 
 
 def symmetric_int8(weight: Array, axis: int | tuple[int, ...], *, at_least: Array | None = None) -> tuple[Array, Array]:
@@ -120,24 +126,59 @@ class GraphWriter:
         """Names of a scale and a zero point."""
         return self.weight(f"{name}_scale", np.array(known[0])), self.weight(f"{name}_zero_point", np.array(known[1]))
 
+    def symmetric(self, name: str, known: ActivationRange) -> tuple[str, str]:
+        """Names of a scale and of the zero point of signed bytes."""
+        zero = self.weight("zero_point_int8", np.array(0, dtype=np.int8))
+        return self.weight(f"{name}_scale", np.array(known.symmetric_scale())), zero
+
+    def integer_linear(self, x: str, x_names: tuple[str, str], weight: str, weight_scale: str, bias: str) -> str:
+        """float32 x @ weight + bias: x unsigned bytes with scale and zero point, weight signed bytes with a scale a column."""
+        inputs = x, weight, x_names[0], weight_scale, x_names[1], "", bias  # weights are symmetric
+        return self.node("MatMulIntegerToFloat", *inputs, domain=MICROSOFT)
+
+    def integer_product(self, a: str, a_names: tuple[str, str], b: str, b_names: tuple[str, str]) -> str:
+        """float32 a @ b of unsigned and signed bytes, each with its scale and zero point."""
+        return self.node("MatMulIntegerToFloat", a, b, a_names[0], b_names[0], a_names[1], b_names[1], domain=MICROSOFT)
+
     def slice(self, x: str, start: int, end: int, *, axis: int, step: int = 1) -> str:
         """x[start:end:step] along an axis."""
         return self.node("Slice", x, *(self.constant([value]) for value in (start, end, axis, step)))
 
-    def expose(self, name: str, x: str, *, num_channels: int = 0) -> None:
+    def expose(self, name: str, x: str, *, num_channels: int = 0, mean: bool = False) -> None:
         """Give a tensor's smallest and largest value as outputs `name.low` and `name.high`, if that is wanted at all.
 
         The graph itself reduces them: what all layers take is far more memory than a run of the network needs.
 
         Args:
             num_channels: where given, those of each channel of the last axis, (C,).
+            mean: give the mean too, as `name.mean`.
         """
         if not self._expose:
             return
         rows = self.node("Reshape", x, self.constant([-1, max(1, num_channels)]))
-        for end, kind in ((LOW, "ReduceMin"), (HIGH, "ReduceMax")):
+        wanted = [(LOW, "ReduceMin"), (HIGH, "ReduceMax"), *([(MEAN, "ReduceMean")] if mean else [])]
+        for end, kind in wanted:
             value = self.node(kind, rows, self.constant([0]), output=f"{name}{end}", keepdims=0)
             self._exposed.append((value, (max(1, num_channels),)))
+
+    def expose_errors(self, name: str, weights: str, values: str) -> None:
+        """Give, as output `name.errors`, how far what is gathered would be off with bytes that reach so far, (len(REACHES),).
+
+        Args:
+            weights: in [0, 1], a row's sum is 1, (B, heads, N, N).
+            values: (B, heads, N, d); they will be centred.
+        """
+        if not self._expose:
+            return
+        self.expose(name, weights)
+        centred = self.node("Sub", values, self.node("ReduceMean", values, self.constant([0, 2]), keepdims=1))
+        errors = []
+        for reach in REACHES:
+            names = self.quantization(f"reach_{reach}", ActivationRange(0.0, reach).scale_and_zero_point())
+            rounded = self.node("DequantizeLinear", self.node("QuantizeLinear", weights, *names), *names)
+            off = self.node("MatMul", self.node("Sub", rounded, weights), centred)
+            errors.append(self.node("Reshape", self.node("ReduceSumSquare", off, keepdims=0), self.constant([1])))
+        self._exposed.append((self.node("Concat", *errors, output=f"{name}{ERRORS}", axis=0), (len(REACHES),)))
 
     def linear(self, name: str, x: str, weight: Array, bias: Array) -> str:
         """x @ weight + bias; weight float32 (in, out), bias float32 (out,)."""
@@ -150,17 +191,9 @@ class GraphWriter:
         weight[outliers] = 0  # whatever they saturate at counts for nothing
         quantized, weight_scale = symmetric_int8(weight, axis=0)
         a_scale, a_zero = self.quantization(f"{name}.input", self.ranges[name].scale_and_zero_point())
-        product = self.node(
-            "MatMulIntegerToFloat",
-            self.node("QuantizeLinear", x, a_scale, a_zero),
-            self.weight(f"{name}.weight", quantized),
-            a_scale,
-            self.weight(f"{name}.weight_scale", weight_scale),
-            a_zero,
-            "",  # weights are symmetric
-            self.weight(f"{name}.bias", bias),
-            domain="com.microsoft",
-        )
+        names = self.weight(f"{name}.weight", quantized), self.weight(f"{name}.weight_scale", weight_scale)
+        x_bytes = self.node("QuantizeLinear", x, a_scale, a_zero)
+        product = self.integer_linear(x_bytes, (a_scale, a_zero), *names, self.weight(f"{name}.bias", bias))
         if not outliers:
             return product
         taken = self.node("Gather", x, self.constant(outliers), axis=-1)
@@ -176,7 +209,7 @@ class GraphWriter:
             values,
             [numpy_helper.from_array(np.asarray(value), name) for name, value in self._weights.items()],
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", MICROSOFT_OPSET)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fovea")
         onnx.checker.check_model(model)
         return model

@@ -15,13 +15,14 @@ class Patches:
     """Names of what a reduction may want to know of a block.
 
     tokens: behind those in front, (B, M, D); sizes: theirs, (B, M, 1), or "" where every token stands for one patch;
-    weights: of attention, of all tokens, (B, heads, N, N); keys: of all tokens, (B, heads, d, N).
+    weights: of attention, of all tokens, (B, heads, N, N); keys: of all tokens, (B, N, heads * d).
     """
 
     tokens: str
     sizes: str
     weights: str
     keys: str
+    num_heads: int
     num_prefix: int
     count: int  # M
 
@@ -40,8 +41,9 @@ class Patches:
 
     def mean_keys(self, graph: GraphWriter) -> str:
         """Mean over the heads, (B, M, d)."""
-        keys = graph.slice(self.keys, self.num_prefix, self.num_prefix + self.count, axis=3)
-        return graph.node("Transpose", graph.node("ReduceMean", keys, graph.constant([1]), keepdims=0), perm=[0, 2, 1])
+        keys = graph.slice(self.keys, self.num_prefix, self.num_prefix + self.count, axis=1)
+        keys = graph.node("Reshape", keys, graph.constant([0, 0, self.num_heads, -1]))
+        return graph.node("ReduceMean", keys, graph.constant([2]), keepdims=0)
 
 
 def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patches) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a convolutional stem is made of: convolutions with their batch norms inside, and pixels as bytes."""
+"""What a stem is made of: convolutions with their batch norms inside, patches as rows of a product, and pixels as bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from app.types import Array
 from exporters.graph_writer import UINT8_MAX, Quantization
 from models.manifest import PreprocessSpec
-from models.vit import ConvStem
+from models.vit import ConvStem, PatchEmbed
 
 
 @dataclass(slots=True)
@@ -49,3 +49,20 @@ def quantization_of_pixels(preprocess: PreprocessSpec) -> Quantization | None:
     if preprocess.layout != "uint8_nhwc" or not 0 <= zero <= UINT8_MAX or any(abs(z - zero) > 1e-3 for z in zeros):
         return None
     return np.float32(preprocess.scale), np.uint8(zero)
+
+
+def folded_patches(module: PatchEmbed, preprocess: PreprocessSpec) -> tuple[Array, Array, int]:
+    """The projection of a patch for bytes as they come: what normalises them is in weights and bias.
+
+    Returns:
+        Weights float64 (side * side * 3, D), bias float64 (D,), and the byte to be subtracted first: a weight that is rounded
+        then errs by what a pixel differs from the middle, not by all of it.
+    """
+    if module.proj.bias is None:
+        raise TypeError("the patch projection has no bias")
+    mean, std = (np.array(v, dtype=np.float64).reshape(3, 1) for v in (preprocess.mean, preprocess.std))
+    by_channel = module.proj.weight.detach().numpy().astype(np.float64).transpose(2, 3, 1, 0)  # (side, side, 3, D)
+    bias = module.proj.bias.detach().numpy() - (by_channel * mean / std).sum(axis=(0, 1, 2))
+    weight = (by_channel * preprocess.scale / std).reshape(-1, by_channel.shape[-1])
+    middle = min(max(round(float(mean.mean()) / preprocess.scale), 0), UINT8_MAX)
+    return weight, bias + middle * weight.sum(axis=0), middle

@@ -17,7 +17,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from app.types import Array
-from exporters.attention_graph import gather_tokens
+from exporters.attention_graph import INT8_FROM_TOKENS, by_head, gather_tokens, mix, scores
 from exporters.graph_writer import (
     IN_FP32,
     ActivationRange,
@@ -29,10 +29,12 @@ from exporters.graph_writer import (
     symmetric_int8,
 )
 from exporters.reduction_graph import Patches, reduce_patches
-from exporters.stem import Convolution, folded_convolutions, quantization_of_pixels
+from exporters.stem import Convolution, folded_convolutions, folded_patches, quantization_of_pixels
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
 from models.vit import Block, ClassBlock, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+
+PATCH_EMBED = "patch_embed"
 
 
 def tokens_name(stage: int) -> str:
@@ -134,21 +136,44 @@ class _VitGraph(GraphWriter):
         """Pixels -> tokens (B, N, D) with positions; normalises where the preprocessing leaves it to the graph."""
         stem = module.patch_embed
         if isinstance(stem, ConvStem):
-            x = self.conv_stem(stem, preprocess)  # (B, D, h, w)
+            x = self.tokens_of(self.conv_stem(stem, preprocess), config.width)
         elif isinstance(stem, PatchEmbed):
-            side = stem.proj.kernel_size[0]
-            names = self.weight("patch.weight", stem.proj.weight), self.weight("patch.bias", _vector(stem.proj.bias))
-            x = self.node("Conv", self.normalised(preprocess), *names, kernel_shape=[side, side], strides=[side, side])
+            x = self.patch_embed(stem, config, preprocess)
         else:
             raise TypeError(f"no graph is known for a stem of the kind {type(stem).__name__}")
-        x = self.node("Reshape", x, self.constant([0, config.width, -1]))
-        x = self.node("Transpose", x, perm=[0, 2, 1])  # (B, N, D)
         positions = module.pos_embed.detach().numpy().copy()
         if module.cls_token is not None:
             # Rows of zeros in front, and the class token inside the positions: no node asks for the batch size.
             x = self.node("Pad", x, self.constant([0, config.num_prefix_tokens, 0, 0, 0, 0]))
             positions[:, : config.num_prefix_tokens] += module.cls_token.detach().numpy()
         return self.node("Add", x, self.weight("positions", positions))
+
+    def tokens_of(self, features: str, width: int) -> str:
+        """(B, D, h, w) -> (B, N, D)."""
+        return self.node("Transpose", self.node("Reshape", features, self.constant([0, width, -1])), perm=[0, 2, 1])
+
+    def patch_embed(self, module: PatchEmbed, config: ViTConfig, preprocess: PreprocessSpec) -> str:
+        """Pixels -> tokens (B, N, D).
+
+        INT8: a product of the bytes as they come, which nothing rounds, with the weights of each patch; what normalises the
+        pixels is in the weights and the bias.
+        """
+        weight, bias = module.proj.weight, _vector(module.proj.bias)
+        side, across = weight.shape[-1], config.image_size // weight.shape[-1]
+        if PATCH_EMBED not in self.ranges:
+            x = self.normalised(preprocess)
+            if preprocess.layout == "uint8_nhwc" and across * side == config.image_size:
+                self.expose(PATCH_EMBED, x)
+            names = self.weight("patch.weight", weight), self.weight("patch.bias", bias)
+            x = self.node("Conv", x, *names, kernel_shape=[side, side], strides=[side, side])
+            return self.tokens_of(x, config.width)
+        x = self.node("Reshape", PIXELS, self.constant([0, across, side, across, side * 3]))
+        x = self.node("Reshape", self.node("Transpose", x, perm=[0, 1, 3, 2, 4]), self.constant([0, across**2, side**2 * 3]))
+        matrix, offset, middle = folded_patches(module, preprocess)
+        integers, scale = symmetric_int8(matrix, axis=0)
+        pixels = self.quantization(PATCH_EMBED, (np.float32(1), np.uint8(middle)))
+        weights = self.weight("patch.weight", integers), self.weight("patch.weight_scale", scale)
+        return self.integer_linear(x, pixels, *weights, self.weight("patch.bias", offset.astype(np.float32)))
 
     def normalised(self, preprocess: PreprocessSpec) -> str:
         """The pixels as the network was trained on them, float32 (B, 3, H, W)."""
@@ -245,16 +270,14 @@ class _VitGraph(GraphWriter):
             self.split(self.linear(f"{name}.kv", x, weight[:, width:], bias[width:]), [names["k"], names["v"]], width)
         else:
             self.split(self.linear(f"{name}.qkv", x, weight, bias), [*names.values()], width)
-        shape = self.constant([0, 0, heads, head_width])
-        q, k, v = (
-            self.node("Transpose", self.node("Reshape", names[part], shape), perm=perm)
-            for part, perm in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3]))
-        )
         weights = ""
         if module.attn.gather is not None:
+            q, k, v = (by_head(self, names[part], heads, head_width, across=part == "k") for part in "qkv")
             mixed = gather_tokens(self, f"{name}.gather", module.attn.gather, q, k, v)
         else:
-            weights = self.node("MatMul", q, k)  # (B, heads, N or P, N)
+            talks = module.attn.proj_l is not None or module.attn.proj_w is not None
+            small = prefix_only or talks or tokens.count < INT8_FROM_TOKENS
+            weights = scores(self, f"{name}.scores", names["q"], names["k"], heads, head_width, small=small)
             if module.attn.proj_l is not None:
                 weights = self.across_heads(f"{name}.proj_l", module.attn.proj_l, weights)
             if tokens.sizes:  # proportional attention: + log(size) of what is looked at
@@ -264,14 +287,14 @@ class _VitGraph(GraphWriter):
             talked = weights
             if module.attn.proj_w is not None:
                 talked = self.across_heads(f"{name}.proj_w", module.attn.proj_w, weights)
-            mixed = self.node("MatMul", talked, v)
+            mixed = mix(self, f"{name}.mix", talked, names["v"], heads, head_width, small=small)
         mixed = self.node("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 
         def patches(of: str) -> Patches:
             sizes = self.slice(tokens.sizes, num_prefix, tokens.count, axis=1) if tokens.sizes else ""
-            return Patches(of, sizes, weights, k, num_prefix, tokens.count - num_prefix)
+            return Patches(of, sizes, weights, names["k"], heads, num_prefix, tokens.count - num_prefix)
 
         return attended, patches
 

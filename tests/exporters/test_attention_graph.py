@@ -1,4 +1,4 @@
-"""Attention other than the plain kind, as graphs: the efficient ones, heads that talk, and class attention."""
+"""Attention as graphs: its products in INT8, the efficient kinds, heads that talk, and class attention."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from exporters.calibration import collect_ranges
+from exporters import vit_graph
+from exporters.calibration import collect_extremes, collect_ranges
 from exporters.config import CalibrationConfig
 from exporters.golden import golden_images
-from exporters.graph_writer import IN_FP32
+from exporters.graph_writer import IN_FP32, REACHES
 from exporters.quantization import layers_of
 from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule
 from exporters.sensitivity import every_exit
@@ -21,6 +22,84 @@ from models.efficient_attention import GATHERS
 from models.multi_exit import MultiExitViT
 from models.vit import Head, ViTConfig
 from models.zoo import ZOO
+
+SPEC = ZOO["test_vit"].preprocess
+
+
+@pytest.fixture
+def small_attention_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of larger networks is."""
+    monkeypatch.setattr(vit_graph, "INT8_FROM_TOKENS", 1)
+
+
+def plain_vit(**changes: object) -> MultiExitViT:
+    """Three blocks, 64 patches and a class token, with attention that is not the same for all."""
+    torch.manual_seed(0)
+    config = ViTConfig(32, 4, 32, 3, 4, 5, mlp_ratio=2.0, **changes)  # type: ignore[arg-type]
+    model = MultiExitViT(config, (1, 3)).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.3)
+    return model
+
+
+@pytest.mark.usefixtures("small_attention_in_int8")
+def test_products_of_attention_are_near_fp32_in_int8_and_alike_in_any_batch() -> None:
+    """Two a block, but in the last, where only the class token asks; with merged tokens too."""
+    for schedule in (None, ReductionSchedule.parse("tome:6", 3, 64)):
+        model = plain_vit()
+        if schedule is not None:
+            apply_schedule(model, schedule)
+        pixels = np.resize(golden_images(SPEC), (5, 32, 32, 3))
+        ranges = collect_ranges(stage_graphs(model, SPEC, expose=True), pixels, CalibrationConfig(batch_size=2))
+        products = [{name: each for name, each in stage.items() if ".attn." in name and ":" in name} for stage in ranges]
+        assert [len(stage) for stage in products] == [4, 4]
+
+        int8, fp32 = stage_graphs(model, SPEC, ranges=products), every_exit(stage_graphs(model, SPEC), pixels)
+
+        assert [[node.op_type for node in stage.graph.node].count("MatMulIntegerToFloat") for stage in int8] == [2, 2]
+        together = every_exit(int8, pixels)
+        for number, (mine, theirs) in enumerate(zip(together, fp32, strict=True)):
+            assert 0 < np.abs(mine - theirs).max() < 0.15 * np.ptp(theirs)
+            alone = [every_exit(int8, pixels[i : i + 1])[number] for i in range(5)]
+            np.testing.assert_array_equal(np.concatenate(alone), mine)
+
+
+@pytest.mark.usefixtures("small_attention_in_int8")
+def test_bytes_for_weights_of_attention_reach_as_far_as_errs_least() -> None:
+    """Each reach tried by hand on the first block, with values around their mean."""
+    model = plain_vit()
+    pixels, block = golden_images(SPEC), model.stages[0].blocks[0]
+    with torch.no_grad():
+        tokens = block.norm1(model.stages[0].embedding(normalised(pixels, SPEC)))
+        q, k, v = block.attn.qkv(tokens).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1).numpy()
+        values = (v - v.mean(dim=(0, 2), keepdim=True)).numpy()
+    by_hand = []
+    for reach in REACHES:
+        rounded = np.clip(np.rint(weights * 255 / reach), 0, 255) * reach / 255
+        by_hand.append(float((((rounded - weights) @ values) ** 2).sum()))
+
+    seen = collect_extremes(stage_graphs(model, SPEC, expose=True), pixels, CalibrationConfig(batch_size=len(pixels)))
+    found = seen[0]["blocks.0.attn.mix:weight"]
+
+    np.testing.assert_allclose(found.errors, by_hand, rtol=1e-2)
+    assert found.range(CalibrationConfig()).high == REACHES[int(np.argmin(by_hand))]
+    assert found.high[0] == pytest.approx(weights.max(), rel=1e-4)
+
+
+@pytest.mark.usefixtures("small_attention_in_int8")
+def test_attention_that_has_other_steps_stays_fp32() -> None:
+    """Heads that talk, and products that were replaced."""
+    for changes in ({"talking_heads": True}, {"attention": "performer", "attention_rank": 6}):
+        ranges = collect_ranges(stage_graphs(plain_vit(**changes), SPEC, expose=True), golden_images(SPEC), CalibrationConfig())
+        assert not [name for stage in ranges for name in stage if ":" in name]
+
+
+def test_attention_of_few_tokens_stays_fp32() -> None:
+    """To quantize would cost what it saves."""
+    ranges = collect_ranges(stage_graphs(plain_vit(), SPEC, expose=True), golden_images(SPEC), CalibrationConfig())
+    assert not [name for stage in ranges for name in stage if ":" in name]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

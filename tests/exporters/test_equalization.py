@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from exporters import vit_graph
 from exporters.calibration import Extremes, collect_extremes, ranges_of
 from exporters.config import CalibrationConfig
 from exporters.equalization import LARGEST_FACTOR, equalize
@@ -19,6 +20,12 @@ from models.zoo import ZOO, create_model
 SPEC = ZOO["test_vit"].preprocess
 PIXELS = golden_images(SPEC)
 CONFIG = CalibrationConfig(max_outliers=0)
+
+
+@pytest.fixture(autouse=True)
+def small_attention_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of larger networks is, so that its values are centred."""
+    monkeypatch.setattr(vit_graph, "INT8_FROM_TOKENS", 1)
 
 
 @pytest.fixture
@@ -35,6 +42,7 @@ def uneven() -> MultiExitViT:
                 torch.nn.init.normal_(block.mlp.fc1.weight, std=0.1)
                 block.mlp.fc1.weight[:, ::3] /= 10
                 block.attn.qkv.weight[:, ::3] /= 10
+                block.attn.qkv.bias[128:] = 2.0  # all values far from zero
     return model
 
 
@@ -64,6 +72,10 @@ def test_what_it_says_the_layers_range_over_is_what_they_do(uneven: MultiExitViT
         for name in mine:
             np.testing.assert_allclose(mine[name].low, theirs[name].low, rtol=1e-3, atol=1e-3)
             np.testing.assert_allclose(mine[name].high, theirs[name].high, rtol=1e-3, atol=1e-3)
+            if (mean := mine[name].mean) is not None:
+                np.testing.assert_allclose(mean, 0, atol=1e-3)
+                np.testing.assert_allclose(theirs[name].mean, 0, atol=1e-3)
+    assert sum(each.mean is not None for stage in said for each in stage.values()) == 5  # all but the class token's block
 
 
 def test_int8_is_nearer_to_fp32(uneven: MultiExitViT) -> None:

@@ -16,8 +16,10 @@ from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
 from exporters.sensitivity import every_exit
 from exporters.staging import stage_specs
+from exporters.stem import folded_patches
 from exporters.validation import normalised
 from exporters.vit_export import stage_graphs
+from exporters.vit_graph import PATCH_EMBED
 from models.manifest import PIXELS
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
@@ -72,7 +74,8 @@ def test_int8_is_near_fp32_and_smaller(model: MultiExitViT) -> None:
 
     kinds = [node.op_type for stage in int8 for node in stage.graph.node]
     of_the_class_token = model.config.num_prefix_tokens > 0  # its query is a layer of its own in the last block
-    assert 4 * model.config.depth + of_the_class_token == kinds.count("MatMulIntegerToFloat")
+    patches = not model.config.stem  # are a product too
+    assert 4 * model.config.depth + of_the_class_token + patches == kinds.count("MatMulIntegerToFloat")
     assert sum(stage.ByteSize() for stage in int8) < 0.6 * sum(stage.ByteSize() for stage in fp32)
     for mine, theirs in zip(every_exit(int8, pixels), every_exit(fp32, pixels), strict=True):
         assert 0 < np.abs(mine - theirs).max() < 0.15 * np.ptp(theirs)
@@ -91,7 +94,33 @@ def test_ranges_are_the_extremes_of_each_layers_input(tmp_path: Path) -> None:
 
     found = ranges[0]["blocks.0.attn.qkv"]
     assert (found.low, found.high) == pytest.approx((normed.min().item(), normed.max().item()), abs=1e-4)
-    assert [len(stage_ranges) for stage_ranges in ranges] == [8, 8, 9]
+    assert [len(stage_ranges) for stage_ranges in ranges] == [9, 8, 9]  # the first has the patches, the last a query apart
+
+
+def test_int8_patches_are_the_bytes_times_rounded_weights() -> None:
+    """The error is at most half a step of a weight for all that a pixel differs from the middle: pixels are not rounded."""
+    torch.manual_seed(0)
+    model = trained("test_vit")
+    spec = ZOO["test_vit"].preprocess.model_copy(update={"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)})
+    pixels = golden_images(spec)
+    projection = model.stages[0].embedding.patch_embed
+    matrix, bias, middle = folded_patches(projection, spec)
+    rows = pixels.reshape(-1, 4, 8, 4, 24).transpose(0, 1, 3, 2, 4).reshape(len(pixels), 16, -1).astype(np.float64) - middle
+    with torch.no_grad():
+        expected = projection(normalised(pixels, spec)).numpy()
+    np.testing.assert_allclose(rows @ matrix + bias, expected, atol=1e-4)
+
+    graph = stage_graphs(model, spec, ranges=[{PATCH_EMBED: ActivationRange(0, 1)}, {}, {}])[0]
+    product = next(node for node in graph.graph.node if node.op_type == "MatMulIntegerToFloat").output[0]
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(product, onnx.TensorProto.FLOAT, None))
+    found = ort.InferenceSession(graph.SerializeToString()).run([product], {PIXELS: pixels})[0]
+
+    half_a_step = np.abs(matrix).max(axis=0) / 127 / 2
+    assert (np.abs(found - expected) <= np.abs(rows).sum(axis=-1, keepdims=True) * half_a_step + 1e-4).all()
+    assert "Conv" not in {node.op_type for node in graph.graph.node}
+    elsewhere = spec.model_copy(update={"layout": "float32_nchw"})  # has no bytes to take
+    ranges = collect_ranges(stage_graphs(model, elsewhere, expose=True), golden_images(elsewhere), CalibrationConfig())
+    assert PATCH_EMBED not in ranges[0]
 
 
 def test_zero_is_exact_in_every_quantization() -> None:
