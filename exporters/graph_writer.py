@@ -182,22 +182,36 @@ class GraphWriter:
 
     def linear(self, name: str, x: str, weight: Array, bias: Array) -> str:
         """x @ weight + bias; weight float32 (in, out), bias float32 (out,)."""
+        return self.linears(name, x, weight, bias, [""])[0]
+
+    def linears(self, name: str, x: str, weight: Array, bias: Array, parts: Sequence[str]) -> list[str]:
+        """x @ weight + bias in equal parts of the columns, a product each: to split one product would copy it.
+
+        Args:
+            parts: what of a weight's name stands behind that of the layer, for each part.
+        """
         self.expose(name, x, num_channels=len(weight))
+        pieces = [*zip(parts, np.split(weight, len(parts), axis=1), np.split(bias, len(parts)), strict=True)]
         if name not in self.ranges:
-            product = self.node("MatMul", x, self.weight(f"{name}.weight", weight))
-            return self.node("Add", product, self.weight(f"{name}.bias", bias))
+            products = [self.node("MatMul", x, self.weight(f"{name}{part}.weight", w)) for part, w, _ in pieces]
+            added = zip(products, pieces, strict=True)
+            return [self.node("Add", product, self.weight(f"{name}{part}.bias", b)) for product, (part, _, b) in added]
         outliers = [*self.ranges[name].outliers]
-        apart, weight = weight[outliers], weight.copy()
-        weight[outliers] = 0  # whatever they saturate at counts for nothing
-        quantized, weight_scale = symmetric_int8(weight, axis=0)
-        a_scale, a_zero = self.quantization(f"{name}.input", self.ranges[name].scale_and_zero_point())
-        names = self.weight(f"{name}.weight", quantized), self.weight(f"{name}.weight_scale", weight_scale)
-        x_bytes = self.node("QuantizeLinear", x, a_scale, a_zero)
-        product = self.integer_linear(x_bytes, (a_scale, a_zero), *names, self.weight(f"{name}.bias", bias))
-        if not outliers:
-            return product
-        taken = self.node("Gather", x, self.constant(outliers), axis=-1)
-        return self.node("Add", product, self.node("MatMul", taken, self.weight(f"{name}.weight_of_outliers", apart)))
+        a_names = self.quantization(f"{name}.input", self.ranges[name].scale_and_zero_point())
+        x_bytes = self.node("QuantizeLinear", x, *a_names)
+        taken = self.node("Gather", x, self.constant(outliers), axis=-1) if outliers else ""
+        found = []
+        for part, w, b in pieces:
+            inside = w.copy()
+            inside[outliers] = 0  # whatever they saturate at counts for nothing
+            integers, scale = symmetric_int8(inside, axis=0)
+            names = self.weight(f"{name}{part}.weight", integers), self.weight(f"{name}{part}.weight_scale", scale)
+            product = self.integer_linear(x_bytes, a_names, *names, self.weight(f"{name}{part}.bias", b))
+            if outliers:
+                apart = self.weight(f"{name}{part}.weight_of_outliers", w[outliers])
+                product = self.node("Add", product, self.node("MatMul", taken, apart))
+            found.append(product)
+        return found
 
     def model(self, inputs: Sequence[tuple[str, int, Shape]], outputs: Sequence[tuple[str, Shape]]) -> onnx.ModelProto:
         """The checked model; inputs are name, ONNX's number of the type, and shape."""

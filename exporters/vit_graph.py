@@ -8,7 +8,7 @@ LayerNormalization, Softmax and Gelu stay plain: their fused forms are slower on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -263,21 +263,20 @@ class _VitGraph(GraphWriter):
         weight, bias = weight.copy(), bias.copy()
         weight[:, :width] /= np.sqrt(head_width)
         bias[:width] /= np.sqrt(head_width)
-        names = {part: f"{name}.{part}" for part in "qkv"}
         if prefix_only:
             asking = self.slice(x, 0, num_prefix, axis=1)
-            names["q"] = self.linear(f"{name}.q", asking, weight[:, :width], bias[:width])
-            self.split(self.linear(f"{name}.kv", x, weight[:, width:], bias[width:]), [names["k"], names["v"]], width)
+            q = self.linear(f"{name}.q", asking, weight[:, :width], bias[:width])
+            k, v = self.linears(f"{name}.kv", x, weight[:, width:], bias[width:], [".k", ".v"])
         else:
-            self.split(self.linear(f"{name}.qkv", x, weight, bias), [*names.values()], width)
+            q, k, v = self.linears(f"{name}.qkv", x, weight, bias, [".q", ".k", ".v"])
         weights = ""
         if module.attn.gather is not None:
-            q, k, v = (by_head(self, names[part], heads, head_width, across=part == "k") for part in "qkv")
-            mixed = gather_tokens(self, f"{name}.gather", module.attn.gather, q, k, v)
+            apart = (by_head(self, x, heads, head_width, across=x == k) for x in (q, k, v))
+            mixed = gather_tokens(self, f"{name}.gather", module.attn.gather, *apart)
         else:
             talks = module.attn.proj_l is not None or module.attn.proj_w is not None
             small = prefix_only or talks or tokens.count < INT8_FROM_TOKENS
-            weights = scores(self, f"{name}.scores", names["q"], names["k"], heads, head_width, small=small)
+            weights = scores(self, f"{name}.scores", q, k, heads, head_width, small=small)
             if module.attn.proj_l is not None:
                 weights = self.across_heads(f"{name}.proj_l", module.attn.proj_l, weights)
             if tokens.sizes:  # proportional attention: + log(size) of what is looked at
@@ -287,14 +286,14 @@ class _VitGraph(GraphWriter):
             talked = weights
             if module.attn.proj_w is not None:
                 talked = self.across_heads(f"{name}.proj_w", module.attn.proj_w, weights)
-            mixed = mix(self, f"{name}.mix", talked, names["v"], heads, head_width, small=small)
+            mixed = mix(self, f"{name}.mix", talked, v, heads, head_width, small=small)
         mixed = self.node("Transpose", mixed, perm=[0, 2, 1, 3])
         mixed = self.node("Reshape", mixed, self.constant([0, 0, width]))
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 
         def patches(of: str) -> Patches:
             sizes = self.slice(tokens.sizes, num_prefix, tokens.count, axis=1) if tokens.sizes else ""
-            return Patches(of, sizes, weights, names["k"], heads, num_prefix, tokens.count - num_prefix)
+            return Patches(of, sizes, weights, k, heads, num_prefix, tokens.count - num_prefix)
 
         return attended, patches
 
@@ -312,13 +311,8 @@ class _VitGraph(GraphWriter):
         scale = np.float32(np.sqrt(width // heads))
         q = self.linear(f"{name}.attn.q", self.slice(x, 0, 1, axis=1), parts["q"][0] / scale, parts["q"][1] / scale)
         weight, bias = (np.concatenate([parts["k"][i], parts["v"][i]], axis=-1) for i in (0, 1))
-        names = [f"{name}.attn.k", f"{name}.attn.v"]
-        self.split(self.linear(f"{name}.attn.kv", x, weight, bias), names, width)
-        shape = self.constant([0, 0, heads, width // heads])
-        q, k, v = (
-            self.node("Transpose", self.node("Reshape", part, shape), perm=perm)
-            for part, perm in ((q, [0, 2, 1, 3]), (names[0], [0, 2, 3, 1]), (names[1], [0, 2, 1, 3]))
-        )
+        k, v = self.linears(f"{name}.attn.kv", x, weight, bias, [".k", ".v"])
+        q, k, v = (by_head(self, part, heads, width // heads, across=part == k) for part in (q, k, v))
         weights = self.node("MatMul", q, k)  # (B, heads, 1, 1 + N)
         if patches.sizes:  # the class token stands for itself
             sizes = self.node("Pad", patches.sizes, self.constant([0, 1, 0, 0, 0, 0]), self.scalar("one", 1))
@@ -331,10 +325,6 @@ class _VitGraph(GraphWriter):
         hidden = self.norm(f"{name}.norm2", module.norm2, token)
         hidden = self.node("Gelu", self.linear(f"{name}.mlp.fc1", hidden, *_matrix(module.mlp.fc1)), approximate="none")
         return self.node("Add", token, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2)))
-
-    def split(self, x: str, parts: Sequence[str], width: int) -> None:
-        """The last axis in parts of `width`, each called as told."""
-        self.nodes("Split", [x, self.constant([width] * len(parts))], parts, axis=-1)
 
     def head(self, module: Head, tokens: _Tokens) -> str:
         """Tokens -> logits; what classifies is always fp32: it is tiny, and confidences come from it."""

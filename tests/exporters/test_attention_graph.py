@@ -197,6 +197,5 @@ def test_heads_that_talk_stay_fp32_in_a_published_version_too() -> None:
         for index, node in enumerate(graph.graph.node):
             node.name = f"{node.op_type}_{index}"
         layers = layers_of(graph)
-        class_token_asks_alone = more.get("attention") != "nystromformer"
-        assert len(layers) == 1 + 2 * 4 + class_token_asks_alone  # the patches, and four a block
+        assert len(layers) == 1 + 2 * 6  # the patches; query, key, value, projection and two of the MLP a block
         assert not any(IN_FP32 in layer.node.input[1] for layer in layers)
