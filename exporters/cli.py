@@ -88,7 +88,8 @@ def export(
     reduce: Annotated[
         str | None,
         typer.Option(
-            help="Fewer tokens: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…; METHOD:55% searches."
+            help="Fewer tokens: METHOD:R in every block, METHOD:RxN in the last N, METHOD:R,R,…; METHOD:55% and METHOD:>0.3 "
+            "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,

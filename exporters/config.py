@@ -33,9 +33,10 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class SearchConfig:
-    """How a schedule of token reduction is searched."""
+    """How a schedule of token reduction is found."""
 
     num_images: int = 64
+    covered: float = 0.9  # share of the images that lose nothing above a threshold
     steps_of_all_tokens: int = 24  # a step takes a block as many tokens as this part of all patches
 
 

@@ -7,7 +7,7 @@ from exporters.exportable import Exportable
 from exporters.graphs_export import export_of
 from exporters.images import count_images
 from exporters.recipe import check, vit_of
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, searched
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, wish_of
 from exporters.sources.base import Network
 from exporters.vit_export import ViTExport
 
@@ -22,8 +22,8 @@ def plan(config: ExportConfig) -> dict[str, str]:
     network = config.source.load()
     if config.reduction is not None:
         model = vit_of(network).model
-        if (wanted := searched(config.reduction)) is not None:
-            check_method(model, wanted[0])
+        if (wish := wish_of(config.reduction)) is not None:
+            check_method(model, wish.method)
         else:
             schedule = ReductionSchedule.parse(config.reduction, model.config.depth, model.config.num_patches)
             apply_schedule(model, schedule)

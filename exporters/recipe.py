@@ -31,8 +31,8 @@ from exporters.model_card import model_card
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule, searched
-from exporters.schedule_search import search_schedule
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
+from exporters.schedule_search import find_schedule
 from exporters.sources.base import Loaded, Network, Published, SourceError
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
@@ -160,11 +160,11 @@ def _reduce(
     config: ExportConfig, reduction: str, network: Network, fitting: ImageSet, build: Path, progress: Progress
 ) -> tuple[OrtBackend, str]:
     """Reduces tokens in the network; what it was before, in fp32, and the schedule in words."""
-    model, wanted = network.model, searched(reduction)
-    if wanted is None:
+    model, wish = network.model, wish_of(reduction)
+    if wish is None:
         schedule, text = ReductionSchedule.parse(reduction, model.config.depth, model.config.num_patches), reduction
     else:
-        schedule = search_schedule(model, fitting.pixels, network.preprocess, *wanted, config.search, progress)
+        schedule = find_schedule(model, fitting.pixels, network.preprocess, wish, config.search, progress)
         text = str(schedule)
         progress.step(f"token reduction {text}")
     full = _unreduced(config, network, build)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
@@ -49,7 +50,8 @@ class ReductionSchedule:
             by_block = "," in amounts or "@" in amounts
         except ValueError as error:
             raise ScheduleError(
-                f"{text!r} is no schedule: say METHOD:13, METHOD:20x9, METHOD:0,0,8,…, METHOD:0.7@4,7,10 or METHOD:55%"
+                f"{text!r} is no schedule: say METHOD:13, METHOD:20x9, METHOD:0,0,8,…, METHOD:0.7@4,7,10, METHOD:55% or "
+                "METHOD:>0.3"
             ) from error
         if len(removed) != depth or min(removed) < 0:
             raise ScheduleError(f"{text!r} is no schedule for {depth} blocks")
@@ -59,22 +61,41 @@ class ReductionSchedule:
         return f"{self.method}:{','.join(map(str, self.removed))}"
 
 
-def searched(text: str) -> tuple[str, float] | None:
-    """Method and share of the multiply-adds of `METHOD:55%`, which says what is to be left and not where; None of others.
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A schedule that is said by what it is to reach: it has to be found for one network, with images.
+
+    kind: "share", of the multiply-adds that are to be left, in 0 .. 1; or "threshold", below which a token goes: of its
+    importance over the mean of all patches, and for tome the likeness (cosine) above which a pair is merged.
+    """
+
+    method: str
+    kind: Literal["share", "threshold"]
+    amount: float
+
+
+def wish_of(text: str) -> Wish | None:
+    """What `METHOD:55%` or `METHOD:>0.3` wishes for; None of a schedule that is said outright.
 
     Raises:
-        ScheduleError: it is no share.
+        ScheduleError: no known method, no number, or one that means nothing.
     """
     method, _, amount = text.partition(":")
-    if not amount.endswith("%"):
+    if not amount.endswith("%") and not amount.startswith(">"):
         return None
+    if method not in METHODS:
+        raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join(METHODS)}")
     try:
-        share = float(amount.removesuffix("%")) / 100
+        number = float(amount.strip("%>"))
     except ValueError as error:
-        raise ScheduleError(f"{amount!r} is no share: say METHOD:55%") from error
-    if method not in METHODS or not 0 < share < 1:
-        raise ScheduleError(f"{text!r}: methods are {', '.join(METHODS)}, shares are between 0 and 100 %")
-    return method, share
+        raise ScheduleError(f"{amount!r} is no number: say METHOD:55% or METHOD:>0.3") from error
+    if amount.startswith(">"):
+        if not 0 < number < math.inf:
+            raise ScheduleError(f"{text!r}: a threshold is above 0")
+        return Wish(method, "threshold", number)
+    if not 0 < number < 100:
+        raise ScheduleError(f"{text!r}: shares are between 0 and 100 %")
+    return Wish(method, "share", number / 100)
 
 
 def _at_blocks(method: str, amounts: str, depth: int, num_patches: int) -> tuple[int, ...]:

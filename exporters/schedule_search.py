@@ -18,11 +18,20 @@ from app.types import Array
 from exporters.calibration import spread
 from exporters.config import SearchConfig
 from exporters.progress import SILENT, Progress
-from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, check_method, clear_schedule
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, Wish, apply_schedule, check_method, clear_schedule
+from exporters.schedule_threshold import schedule_by_threshold
 from exporters.staging import stage_specs
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
+
+
+def find_schedule(
+    model: MultiExitViT, pixels: Array, spec: PreprocessSpec, wish: Wish, config: SearchConfig, progress: Progress = SILENT
+) -> ReductionSchedule:
+    """By whichever way the wish asks for; see `search_schedule` and `exporters.schedule_threshold`."""
+    find = search_schedule if wish.kind == "share" else schedule_by_threshold
+    return find(model, pixels, spec, wish.method, wish.amount, config, progress)
 
 
 def search_schedule(

@@ -110,6 +110,26 @@ def feature_norm(patches: Tensor) -> Tensor:
     return length
 
 
+def relative_importance(method: str, patches: Tensor, weights: Tensor) -> Tensor:
+    """What a method that scores patches one by one sorts them by, over its mean in the image, (B, M).
+
+    Args:
+        patches: float32 (B, M, D).
+        weights: of attention, all tokens to the patches, float32 (B, heads, N, M).
+    """
+    if method in NEEDS_CLASS_TOKEN:
+        score = class_attention(weights)
+    else:
+        score = attention_received(weights) if method == "token_pooling" else feature_norm(patches)
+    return score / score.mean(dim=1, keepdim=True)
+
+
+def likeness(keys: Tensor) -> Tensor:
+    """Cosine of each patch that looks with the one it finds, (B, M // 2); keys (B, M, d). See `bipartite_match`."""
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    return (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).amax(dim=-1)
+
+
 # --- select ---
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, clear_schedule, searched
+from exporters.reduction_schedule import ReductionSchedule, ScheduleError, Wish, apply_schedule, clear_schedule, wish_of
 from models.zoo import create_model
 
 
@@ -84,13 +84,22 @@ def test_merging_gives_what_it_can_where_no_block_was_named() -> None:
     assert kept == [8, 4, 2, 1]
 
 
-def test_a_share_of_the_multiply_adds_is_to_be_searched() -> None:
-    """Everything else is a schedule; what is no share of a known method is neither."""
-    assert searched("tome:55%") == ("tome", 0.55)
-    assert searched("tome:13") is None
-    for text in ("tome:a%", "tome:0%", "tome:100%", "magic:50%"):
-        with pytest.raises(ScheduleError, match=r"shares are between|is no share"):
-            searched(text)
+def test_a_schedule_can_be_wished_for() -> None:
+    """By a share of the multiply-adds or by a threshold; everything else is said outright, or is neither."""
+    assert wish_of("tome:55%") == Wish("tome", "share", 0.55)
+    assert wish_of("top_k_norm:>0.3") == Wish("top_k_norm", "threshold", 0.3)
+    assert wish_of("tome:13") is None
+    for text, message in (
+        ("tome:a%", "is no number"),
+        ("tome:>b", "is no number"),
+        ("tome:0%", "shares are between"),
+        ("tome:100%", "shares are between"),
+        ("tome:>0", "above 0"),
+        ("tome:>inf", "above 0"),
+        ("magic:50%", "no token reduction called"),
+    ):
+        with pytest.raises(ScheduleError, match=message):
+            wish_of(text)
 
 
 def test_a_cleared_network_has_all_its_tokens() -> None:
