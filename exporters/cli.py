@@ -24,7 +24,7 @@ from exporters.published import from_report, print_tables, remeasure
 from exporters.publishing import AlreadyPublished
 from exporters.recipe import run
 from exporters.reduction_schedule import ScheduleError
-from exporters.sources.base import Source, SourceError
+from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
 from exporters.sources.folder import find, from_folder
 from exporters.sources.onnx_file import OnnxSource
 from exporters.sources.published import PublishedSource
@@ -85,6 +85,12 @@ def export(
     boundaries: Annotated[
         str | None, typer.Option(help="Blocks after which a stage ends, as 4,8,12; exits are fitted.")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels, where other than the network was trained with; positions are resampled.")
+    ] = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Likewise of a patch: larger patches are fewer tokens; its weights are resampled.")
+    ] = None,
     reduce: Annotated[
         str | None,
         typer.Option(
@@ -108,10 +114,14 @@ def export(
             raise SourceError(f"say one of {' and '.join(given)}")
         if onnx is None and preprocessor is not None:
             raise SourceError("--preprocessor goes with --onnx; other checkpoints have their own")
-        if onnx is not None and (boundaries is not None or timm_config is not None):
-            raise SourceError("an ONNX file is exported in one piece: --boundaries and --timm-config do not go with --onnx")
+        asked = Asked(_numbers(boundaries), image_size, patch_size)
+        if onnx is not None and (asked != AS_IT_IS or timm_config is not None):
+            raise SourceError(
+                "an ONNX file is exported in one piece, as it is: --boundaries, --image-size, --patch-size and --timm-config "
+                "do not go with --onnx"
+            )
         if onnx is None:
-            source, names = _source(model, weights, timm_config, labels, checkpoint, _numbers(boundaries))
+            source, names = _source(model, weights, timm_config, labels, checkpoint, asked)
         else:
             source, names = _onnx_source(onnx, preprocessor, labels)
         config = ExportConfig(
@@ -148,6 +158,8 @@ def export(
                     "--also-classes": also_classes,
                     "--reduce": reduce,
                     "--boundaries": boundaries,
+                    "--image-size": image_size,
+                    "--patch-size": patch_size,
                 },
                 flags=([] if int8 else ["--no-int8"]) + (["--unlabelled"] if unlabelled else []),
             ),
@@ -189,20 +201,22 @@ def _source(
     timm_config: Path | None,
     labels: Path | None,
     checkpoint: str | None,
-    boundaries: tuple[int, ...],
+    asked: Asked,
 ) -> tuple[Source, tuple[str, ...]]:
     """What the options name, and the labels of its classes."""
     names = () if labels is None else tuple(_lines(labels))
     if checkpoint is not None:
-        return from_folder(find(checkpoint), names, boundaries)
+        return from_folder(find(checkpoint), names, asked)
     if weights is None:
         raise SourceError("say --weights FILE, --checkpoint FOLDER or --onnx FILE")
     if timm_config is not None:
         if labels is None:
             raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
-        return TimmSource(weights, timm_config, names, boundaries), names
+        return TimmSource(weights, timm_config, names, asked), names
     if model not in ZOO:
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
+    if asked != AS_IT_IS:
+        raise SourceError("a network of the zoo is exported as it was trained: its stages and sizes are its own")
     return ZooSource(model, weights), ZOO[model].labels
 
 

@@ -37,6 +37,7 @@ class Told:
     num_heads: int
     num_classes: int
     norm_eps: float = LAYER_NORM_EPS
+    patch_size: int | None = None  # pixels; None: as it was trained
 
 
 def width_of(state: dict[str, Tensor]) -> int:
@@ -86,7 +87,7 @@ def _config_of(state: dict[str, Tensor], told: Told) -> ViTConfig:
         pooling = "cls" if "cls_token" in state and "fc_norm.weight" not in state else "mean"
     return ViTConfig(
         image_size=told.image_size,
-        patch_size=state["patch_embed.proj.weight"].shape[-1],
+        patch_size=told.patch_size or state["patch_embed.proj.weight"].shape[-1],
         width=width,
         depth=1 + max(int(match[1]) for name in state if (match := BLOCK.fullmatch(name))),
         num_heads=told.num_heads,
@@ -112,7 +113,7 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
         return value
 
     found = {
-        "stages.0.embedding.patch_embed.proj.weight": take("patch_embed.proj.weight"),
+        "stages.0.embedding.patch_embed.proj.weight": resized_patches(take("patch_embed.proj.weight"), config.patch_size),
         "stages.0.embedding.patch_embed.proj.bias": take("patch_embed.proj.bias", (config.width,)),
     }
     prefix = [take(name, (1, 1, config.width)) for name in ("cls_token", "dist_token") if name in left]
@@ -178,6 +179,24 @@ def _fold_layer_scale(
                 gamma = take(name, (width,))
                 tensors[f"{last}.weight"] = tensors[f"{last}.weight"] * gamma.unsqueeze(1)
                 tensors[f"{last}.bias"] = tensors[f"{last}.bias"] * gamma
+
+
+def resized_patches(weight: Tensor, side: int) -> Tensor:
+    """Weights (D, 3, p, p) of a patch embedding for patches of another size, (D, 3, side, side).
+
+    A patch that is resized gives what it gave: exactly where it is enlarged, as nearly as can be for patches of any content
+    where it is reduced.
+
+    Source: Beyer et al., FlexiViT, CVPR 2023, section 3.4, PI-resize.
+    """
+    before = weight.shape[-1]
+    if side == before:
+        return weight
+    pixels = torch.eye(before**2, dtype=torch.float64).view(-1, 1, before, before)
+    # Row i: what pixel i of a patch becomes. <resized(x), new> = <x, old> for all x: resize @ new = old.
+    resize = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True).flatten(1)
+    new: Tensor = weight.double().flatten(2) @ torch.linalg.pinv(resize).T
+    return new.reshape(*new.shape[:2], side, side).float()
 
 
 def _positions(positions: Tensor, config: ViTConfig) -> Tensor:

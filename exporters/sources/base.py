@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import onnx
@@ -65,6 +65,27 @@ class Published:
 Loaded = Network | WholeModel | Published
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a network of our own is wanted, where not as it comes; other networks come in one piece as they are.
+
+    boundaries: numbers of blocks after which a stage ends; none: one stage.
+    image_size, patch_size: pixels, square; None: as it was trained. Positions and the patch embedding are resampled.
+    """
+
+    boundaries: tuple[int, ...] = ()
+    image_size: int | None = None
+    patch_size: int | None = None
+
+    @property
+    def other_size(self) -> bool:
+        """Whether pictures or patches are of another size than the network was trained with."""
+        return self.image_size is not None or self.patch_size is not None
+
+
+AS_IT_IS = Asked()
+
+
 class Source(Protocol):
     """Knows where a network is."""
 
@@ -77,19 +98,32 @@ class Source(Protocol):
         ...
 
 
-def own_network(state: dict[str, Tensor], told: Told, boundaries: Sequence[int]) -> MultiExitViT:
+def own_network(state: dict[str, Tensor], told: Told, asked: Asked) -> MultiExitViT:
     """`models.vit_state.network_of`, for a user.
 
     Raises:
-        SourceError: the boundaries do not fit the depth.
+        SourceError: the boundaries do not fit the depth, or patches do not fill the picture.
         WeightsError: the state dict does not fit.
     """
+    told = replace(told, image_size=asked.image_size or told.image_size, patch_size=asked.patch_size)
     try:
-        return network_of(state, told, boundaries)
+        model = network_of(state, told, asked.boundaries)
     except WeightsError:
         raise
     except ValueError as error:
         raise SourceError(str(error)) from error
+    pixels, patch = model.config.image_size, model.config.patch_size
+    if asked.other_size and pixels % patch:
+        raise SourceError(
+            f"patches of {patch} pixels do not fill a picture of {pixels}: say another --image-size or --patch-size"
+        )
+    return model
+
+
+def at_size(spec: PreprocessSpec, side: int) -> PreprocessSpec:
+    """The same part of a picture at another number of pixels."""
+    resize = round(spec.resize * side / spec.crop[0])
+    return spec.model_copy(update={"resize": resize, "crop": (side, side)})
 
 
 def faults_of(error: ValidationError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from exporters.sources.base import Source, SourceError
+from exporters.sources.base import Asked, Source, SourceError
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.timm_whole import TimmWholeSource
 from exporters.sources.transformers_vit import CONFIG, PREPROCESSOR, WEIGHTS, TransformersSource
@@ -40,11 +40,12 @@ def find(name: str) -> Path:
         raise SourceError(f"there is no folder {name}, and the hub did not give it: {error}") from error
 
 
-def from_folder(folder: Path, labels: tuple[str, ...], boundaries: tuple[int, ...]) -> tuple[Source, tuple[str, ...]]:
+def from_folder(folder: Path, labels: tuple[str, ...], asked: Asked) -> tuple[Source, tuple[str, ...]]:
     """What is in the folder, and the labels of its classes.
 
     Args:
         labels: where given, those of a folder that does not name its classes itself.
+        asked: stages and sizes of a network of our own, where other than as it comes.
 
     Raises:
         SourceError: it is not of a kind that is known, or nobody says the labels.
@@ -59,19 +60,16 @@ def from_folder(folder: Path, labels: tuple[str, ...], boundaries: tuple[int, ..
     if not isinstance(told, dict) or not {"architecture", "model_type"} & told.keys():
         raise SourceError(f"{CONFIG} is neither timm's (it has no architecture) nor transformers' (no model_type)")
     if "architecture" in told:
-        return _timm(folder, told, labels, boundaries)
+        return _timm(folder, told, labels, asked)
     if told["model_type"] not in FAMILIES:
-        if boundaries:
-            raise SourceError(f"{told['model_type']} is exported in one piece; --boundaries are for {' and '.join(FAMILIES)}")
+        _as_it_is(asked, str(told["model_type"]), " and ".join(FAMILIES))
         whole = TransformersWholeSource(folder)
         return whole, whole.labels()
-    source = TransformersSource(folder, boundaries)
+    source = TransformersSource(folder, asked)
     return source, source.labels()
 
 
-def _timm(
-    folder: Path, told: dict[str, object], labels: tuple[str, ...], boundaries: tuple[int, ...]
-) -> tuple[Source, tuple[str, ...]]:
+def _timm(folder: Path, told: dict[str, object], labels: tuple[str, ...], asked: Asked) -> tuple[Source, tuple[str, ...]]:
     named = told.get("label_names")
     names = labels or (tuple(map(str, named)) if isinstance(named, list) else ())
     if not names:
@@ -80,7 +78,13 @@ def _timm(
     if weights is None:
         raise SourceError(f"{folder.name} holds neither {' nor '.join(WEIGHTS)}")
     if str(told["architecture"]).startswith(OWN):
-        return TimmSource(weights, folder / CONFIG, names, boundaries), names
-    if boundaries:
-        raise SourceError(f"{told['architecture']} is exported in one piece; --boundaries are for ViT, DeiT and CaiT")
+        return TimmSource(weights, folder / CONFIG, names, asked), names
+    _as_it_is(asked, str(told["architecture"]), "ViT, DeiT and CaiT")
     return TimmWholeSource(weights, folder / CONFIG, names), names
+
+
+def _as_it_is(asked: Asked, name: str, others: str) -> None:
+    if asked.boundaries:
+        raise SourceError(f"{name} is exported in one piece; --boundaries are for {others}")
+    if asked.other_size:
+        raise SourceError(f"{name} is exported as it is; --image-size and --patch-size are for {others}")

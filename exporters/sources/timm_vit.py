@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from exporters.sources.base import Network, SourceError, faults_of, own_network
+from exporters.sources.base import AS_IT_IS, Asked, Network, SourceError, at_size, faults_of, own_network
 from models.manifest import PreprocessSpec
 from models.vit_state import Told, num_heads_of, width_of
 from models.weights import load_state_dict, sha256_of
@@ -49,13 +49,13 @@ class TimmSource:
         weights: `.safetensors`, or a state dict for `torch.load(weights_only=True)`.
         config: timm's `config.json`.
         labels: one per class, in the order of the classifier.
-        boundaries: numbers of blocks after which a stage ends; none: one stage.
+        asked: stages and sizes, where other than as it comes.
     """
 
     weights: Path
     config: Path
     labels: tuple[str, ...]
-    boundaries: tuple[int, ...] = ()
+    asked: Asked = AS_IT_IS
 
     def load(self) -> Network:
         """Read it into our own network; it has no exits but its end.
@@ -71,11 +71,11 @@ class TimmSource:
         if num_heads is None:
             where = f"num_heads in model_args of {self.config.name}"
             raise SourceError(f"say how many heads a network of width {width} has: {where}")
-        asked = Told(told.pretrained_cfg.input_size[1], num_heads, told.num_classes)
-        model = own_network(state, asked, self.boundaries)
+        spec = timm_preprocessing(told.pretrained_cfg)
+        model = own_network(state, Told(spec.crop[0], num_heads, told.num_classes), self.asked)
         return Network(
             model,
-            timm_preprocessing(told.pretrained_cfg),
+            at_size(spec, model.config.image_size),
             self.labels,
             sha256_of(self.weights),
             told.architecture,

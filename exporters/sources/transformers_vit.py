@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from exporters.sources.base import Network, SourceError, faults_of, own_network
+from exporters.sources.base import AS_IT_IS, Asked, Network, SourceError, at_size, faults_of, own_network
 from models.manifest import PreprocessSpec
 from models.vit_state import Told
 from models.weights import load_state_dict, sha256_of
@@ -82,11 +82,11 @@ class TransformersSource:
 
     Args:
         folder: with model and preprocessor.
-        boundaries: numbers of blocks after which a stage ends; none: one stage.
+        asked: stages and sizes, where other than as it comes.
     """
 
     folder: Path
-    boundaries: tuple[int, ...] = ()
+    asked: Asked = AS_IT_IS
 
     def load(self) -> Network:
         """Read it into our own network; it has no exits but its end.
@@ -105,7 +105,8 @@ class TransformersSource:
         if weights is None:
             raise SourceError(f"{self.folder.name} holds neither {' nor '.join(WEIGHTS)}")
         told = Told(config.image_size, config.num_attention_heads, len(labels), config.layer_norm_eps)
-        model = own_network(under_timms_names(load_state_dict(weights)), told, self.boundaries)
+        model = own_network(under_timms_names(load_state_dict(weights)), told, self.asked)
+        spec = at_size(spec, model.config.image_size)
         return Network(model, spec, labels, sha256_of(weights), self.folder.name, has_exits=len(model.stages) == 1)
 
     def labels(self) -> tuple[str, ...]:

@@ -412,6 +412,9 @@ def test_options_that_do_not_go_together_are_refused(inputs: Path, tmp_path: Pat
         (["--onnx", weights, "--weights", weights], "say one of --weights and --onnx"),
         (["--weights", weights, "--preprocessor", weights], "--preprocessor goes with --onnx"),
         (["--onnx", weights, "--boundaries", "1,2"], "an ONNX file is exported in one piece"),
+        (["--onnx", weights, "--image-size", "64"], "do not go with --onnx"),
+        (["--weights", weights, "--model", "test_vit", "--patch-size", "4"], "its stages and sizes are its own"),
+        (["--weights", weights, "--model", "test_vit", "--boundaries", "2,6"], "its stages and sizes are its own"),
         (["--onnx", weights], "say --preprocessor FILE and --labels FILE"),
     ):
         result = CliRunner().invoke(exporter, [*arguments, *more])
@@ -445,7 +448,7 @@ def test_a_published_version_is_made_int8_from_its_own_graphs(inputs: Path, tmp_
     for index in range(3):
         assert after.files[f"fp32/stage_{index}.onnx"] == before.files[f"fp32/stage_{index}.onnx"]
         kinds = [node.op_type for node in onnx.load(tmp_path / "test_vit" / "2" / "int8" / f"stage_{index}.onnx").graph.node]
-        assert kinds.count("MatMulIntegerToFloat") == 8 + (index == 2)  # the class token's query is a layer of its own
+        assert kinds.count("MatMulIntegerToFloat") == 2 * 6  # query, key, value, projection and two of the MLP a block
     assert after.provenance["origin"] == "test_vit version 1, made from test_vit of the zoo"
     assert after.provenance["data"] == "ten drawings"
     assert "--from 1 " in after.provenance["command"]

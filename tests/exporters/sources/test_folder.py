@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from exporters.sources.base import SourceError
+from exporters.sources.base import AS_IT_IS, Asked, SourceError
 from exporters.sources.folder import WANTED, find, from_folder
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.transformers_vit import TransformersSource
@@ -22,8 +22,8 @@ def test_what_is_in_a_folder_is_told_by_its_configuration(tmp_path: Path) -> Non
     (tmp_path / "timm").mkdir()
     write_checkpoint(tmp_path / "timm", checkpoint(), {**TOLD, "label_names": list(LABELS)})
 
-    theirs, their_labels = from_folder(tmp_path / "theirs", (), ())
-    timms, timm_labels = from_folder(tmp_path / "timm", (), (1, 2))
+    theirs, their_labels = from_folder(tmp_path / "theirs", (), AS_IT_IS)
+    timms, timm_labels = from_folder(tmp_path / "timm", (), Asked((1, 2)))
 
     assert isinstance(theirs, TransformersSource)
     assert isinstance(timms, TimmSource)
@@ -47,7 +47,7 @@ def test_other_folders_are_refused_in_words(tmp_path: Path, config: str | None, 
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(SourceError, match=words):
-        from_folder(tmp_path, (), ())
+        from_folder(tmp_path, (), AS_IT_IS)
 
 
 def test_a_name_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
-from exporters.sources.base import SourceError
+from exporters.sources.base import Asked, SourceError
 from exporters.sources.timm_vit import TimmSource
-from models.vit_state import Told, network_of
+from models.vit_state import Told, network_of, resized_patches
 from models.weights import WeightsError
 from tests.checkpoints import LABELS, SIDE, TOLD, WIDTH, answer, cait_answer, cait_checkpoint, checkpoint, write_checkpoint
 
@@ -62,6 +63,41 @@ def test_cait_answers_as_the_paper_says(tmp_path: Path) -> None:
     assert all(torch.equal(value, state[name]) for name, value in before.items())  # LayerScale is folded into copies
     with pytest.raises(WeightsError, match=r"lacks blocks_token_only.1.attn.q.weight"):
         source(tmp_path, {k: v for k, v in state.items() if k != "blocks_token_only.1.attn.q.weight"}, told).load()
+
+
+def test_patches_of_another_size_give_what_the_trained_ones_give() -> None:
+    """Exactly, of a patch that was enlarged as the weights were (FlexiViT, section 3.4); nearly, of a smooth one reduced."""
+    torch.manual_seed(0)
+    weight, patch = torch.randn(5, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    expected = F.conv2d(patch, weight).flatten(1)
+
+    larger = F.interpolate(patch, size=(12, 12), mode="bicubic", antialias=True)
+    torch.testing.assert_close(F.conv2d(larger, resized_patches(weight, 12)).flatten(1), expected, rtol=1e-4, atol=1e-3)
+
+    assert resized_patches(weight, 8) is weight
+    smooth = F.interpolate(torch.randn(64, 3, 2, 2), size=(8, 8), mode="bicubic")
+    smaller = F.interpolate(smooth, size=(6, 6), mode="bicubic", antialias=True)
+    off = F.conv2d(smaller, resized_patches(weight, 6)) - F.conv2d(smooth, weight)
+    naive = F.interpolate(weight, size=(6, 6), mode="bicubic", antialias=True)
+    assert off.std() < 0.6 * (F.conv2d(smaller, naive) - F.conv2d(smooth, weight)).std()
+
+
+def test_a_network_at_another_size_has_other_tokens(tmp_path: Path) -> None:
+    """Pictures are prepared for it, with the same part of them in sight; what does not fit is refused."""
+    paths = write_checkpoint(tmp_path, checkpoint())
+    patch = source(tmp_path, checkpoint()).load().model.config.patch_size
+    network = TimmSource(*paths, LABELS, Asked(image_size=2 * SIDE)).load()
+    assert network.model.config.num_patches == (2 * SIDE // patch) ** 2
+    assert (network.preprocess.crop, network.preprocess.resize) == ((2 * SIDE, 2 * SIDE), 2 * 17)
+    with torch.no_grad():
+        assert network.model(torch.randn(2, 3, 2 * SIDE, 2 * SIDE))[-1].shape == (2, len(LABELS))
+
+    larger = TimmSource(*paths, LABELS, Asked(patch_size=2 * patch)).load()
+    assert larger.model.config.num_patches == (SIDE // (2 * patch)) ** 2
+    with torch.no_grad():
+        assert larger.model(torch.randn(2, 3, SIDE, SIDE))[-1].shape == (2, len(LABELS))
+    with pytest.raises(SourceError, match=r"patches of 5 pixels do not fill a picture of 16"):
+        TimmSource(*paths, LABELS, Asked(patch_size=5)).load()
 
 
 def test_preprocessing_is_the_checkpoints_own(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from exporters.graphs_export import export_of
-from exporters.sources.base import SourceError, WholeModel
+from exporters.sources.base import AS_IT_IS, Asked, SourceError, WholeModel
 from exporters.sources.folder import from_folder
 from exporters.sources.timm_whole import TimmWholeSource
 from exporters.whole_graph import run
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_folder_of_timm_is_built_filled_and_traced(folder: Path) -> None:
     """With the arguments and the preprocessing of its configuration; batch norms go into the convolutions."""
-    source, labels = from_folder(folder, (), ())
+    source, labels = from_folder(folder, (), AS_IT_IS)
     found = source.load()
     assert isinstance(found, WholeModel)
     assert isinstance(source, TimmWholeSource)
@@ -68,7 +68,9 @@ def test_what_cannot_be_used_is_said(folder: Path, monkeypatch: pytest.MonkeyPat
     """An architecture that timm does not know, weights of another, boundaries, too few labels, and no timm at all."""
     told = json.loads((folder / "config.json").read_text())
     with pytest.raises(SourceError, match="tiny_vit_4 is exported in one piece"):
-        from_folder(folder, (), (1, 2))
+        from_folder(folder, (), Asked((1, 2)))
+    with pytest.raises(SourceError, match="tiny_vit_4 is exported as it is; --image-size and --patch-size are for ViT"):
+        from_folder(folder, (), Asked(patch_size=8))
     with pytest.raises(SourceError, match="there are 1 labels, and tiny_vit_4 has 5 classes"):
         TimmWholeSource(folder / "model.safetensors", folder / "config.json", ("a",)).load()
     (folder / "other.json").write_text(json.dumps(told | {"architecture": "swindle"}))
