@@ -65,14 +65,14 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
         case "token_pooling":
             return _pool_clusters(graph, patches, keep), ""
         case "top_k_attention":
-            return _take(graph, patches.tokens, _top_k(graph, patches.class_attention(graph), keep)), ""
+            return take(graph, patches.tokens, top_k(graph, patches.class_attention(graph), keep)), ""
         case "top_k_norm":
             norm = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=0)
-            return _take(graph, patches.tokens, _top_k(graph, norm, keep)), ""
+            return take(graph, patches.tokens, top_k(graph, norm, keep)), ""
     raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
 
 
-def _top_k(graph: GraphWriter, score: str, keep: int) -> str:
+def top_k(graph: GraphWriter, score: str, keep: int) -> str:
     """Indices (B, keep) of the highest scores."""
     return _sorted(graph, score, keep)[1]
 
@@ -84,7 +84,7 @@ def _sorted(graph: GraphWriter, score: str, keep: int) -> tuple[str, str]:
     return values, indices
 
 
-def _take(graph: GraphWriter, x: str, index: str) -> str:
+def take(graph: GraphWriter, x: str, index: str) -> str:
     """Rows of x (B, M, ...) at index (B, k)."""
     return graph.node("GatherND", x, graph.node("Unsqueeze", index, graph.constant([-1])), batch_dims=1)
 
@@ -112,7 +112,7 @@ def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, s
     _, order = _sorted(graph, best, num_looking)
     sources = graph.slice(order, 0, num_merged, axis=1)
     unmatched = graph.slice(order, num_merged, num_looking, axis=1)
-    put = _put(graph, _take(graph, nearest, sources), num_found)  # (B, found, r)
+    put = _put(graph, take(graph, nearest, sources), num_found)  # (B, found, r)
 
     # The size is one more feature, so that one product moves both.
     if patches.sizes:
@@ -121,8 +121,8 @@ def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, s
     else:
         both = graph.node("Pad", patches.tokens, graph.constant([0, 0, 0, 0, 0, 1]), graph.scalar("one", 1))
     found, looking = _halves(graph, both, count)
-    total = graph.node("Add", found, graph.node("MatMul", put, _take(graph, looking, sources)))
-    left = graph.node("Concat", _take(graph, looking, unmatched), total, axis=1)
+    total = graph.node("Add", found, graph.node("MatMul", put, take(graph, looking, sources)))
+    left = graph.node("Concat", take(graph, looking, unmatched), total, axis=1)
     sizes = graph.slice(left, -1, np.iinfo(np.int64).max, axis=2)
     return graph.node("Div", graph.slice(left, 0, -1, axis=2), sizes), sizes
 
@@ -138,14 +138,14 @@ def _fuse(graph: GraphWriter, patches: Patches, order: str, score: str, keep: in
     rest = graph.slice(order, keep - 1, patches.count, axis=1)
     share = graph.slice(score, keep - 1, patches.count, axis=1)
     share = graph.node("Div", share, graph.node("ReduceSum", share, graph.constant([1]), keepdims=1))
-    fused = graph.node("MatMul", graph.node("Unsqueeze", share, graph.constant([1])), _take(graph, patches.tokens, rest))
-    return graph.node("Concat", _take(graph, patches.tokens, kept), fused, axis=1)
+    fused = graph.node("MatMul", graph.node("Unsqueeze", share, graph.constant([1])), take(graph, patches.tokens, rest))
+    return graph.node("Concat", take(graph, patches.tokens, kept), fused, axis=1)
 
 
 def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str:
     """Wei et al., CVPR 2023, equations 5 to 7."""
-    kept = _take(graph, patches.tokens, graph.slice(order, 0, keep, axis=1))
-    rest = _take(graph, patches.tokens, graph.slice(order, keep, patches.count, axis=1))
+    kept = take(graph, patches.tokens, graph.slice(order, 0, keep, axis=1))
+    rest = take(graph, patches.tokens, graph.slice(order, keep, patches.count, axis=1))
     transposed = graph.node("Transpose", _normalised(graph, kept), perm=[0, 2, 1])
     cosine = graph.node("MatMul", _normalised(graph, rest), transposed)
     share = graph.node("Exp", graph.node("ReduceMax", cosine, graph.constant([-1]), keepdims=1))  # (B, r, 1)
@@ -160,7 +160,7 @@ def _pool_clusters(graph: GraphWriter, patches: Patches, keep: int) -> str:
     x, score = patches.tokens, patches.attention_received(graph)
     distance = _distances(graph, x)
     share = graph.node("Unsqueeze", score, graph.constant([-1]))  # (B, M, 1)
-    medoids = _top_k(graph, score, keep)
+    medoids = top_k(graph, score, keep)
     far = graph.scalar("far", float(np.finfo(np.float32).max) / 4)
     for _ in range(CLUSTER_ROUNDS):
         members = graph.node("Transpose", _members(graph, distance, medoids, keep), perm=[0, 2, 1])  # (B, M, keep)
@@ -183,5 +183,5 @@ def _distances(graph: GraphWriter, x: str) -> str:
 
 def _members(graph: GraphWriter, distance: str, medoids: str, keep: int) -> str:
     """Who belongs to whom, as ones and zeros, (B, keep, M)."""
-    nearest = graph.node("ArgMin", _take(graph, distance, medoids), axis=1, keepdims=0)  # distances are symmetric
+    nearest = graph.node("ArgMin", take(graph, distance, medoids), axis=1, keepdims=0)  # distances are symmetric
     return _put(graph, nearest, keep)

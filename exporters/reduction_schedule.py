@@ -6,9 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from models.learned_pruning import LearnedPruning, TokenPredictor
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
 from models.vit import Block
+
+LEARNED = "dynamicvit"  # its predictors are trained with the network (`models.learned_pruning`)
 
 
 class ScheduleError(ValueError):
@@ -36,8 +41,8 @@ class ReductionSchedule:
             ScheduleError: it is none of these, or of another depth.
         """
         method, _, amounts = text.partition(":")
-        if method not in METHODS:
-            raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join(METHODS)}")
+        if method not in (*METHODS, LEARNED):
+            raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join((*METHODS, LEARNED))}")
         try:
             if "@" in amounts:
                 removed = _at_blocks(method, amounts, depth, num_patches)
@@ -107,8 +112,10 @@ def _at_blocks(method: str, amounts: str, depth: int, num_patches: int) -> tuple
     for number in blocks:
         if not 1 <= number <= depth:
             raise ValueError(amounts)
-        # EViT keeps the share, and one token more in which the others are fused.
-        kept = min(count, math.ceil(float(share) * count) + (method == "evit"))
+        if method == LEARNED:  # of all patches each time, rounded down
+            kept = int(num_patches * float(share) ** (1 + blocks.index(number)))
+        else:  # EViT keeps the share, and one token more in which the others are fused.
+            kept = min(count, math.ceil(float(share) * count) + (method == "evit"))
         removed[number - 1], count = count - kept, kept
     return tuple(removed)
 
@@ -130,7 +137,7 @@ def clear_schedule(model: MultiExitViT) -> None:
     for stage in model.stages:
         for block in stage.blocks:  # type: ignore[union-attr]  # ModuleLists
             if isinstance(block, Block):
-                block.reduction = None
+                block.reduction = block.pruning = None
 
 
 def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
@@ -144,6 +151,10 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
     count, num_prefix = model.config.num_patches, model.config.num_prefix_tokens
     merges = schedule.method == "tome"
     blocks = [block for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]  # ModuleLists
+    asking = sum(amount > 0 for amount in schedule.removed)
+    if schedule.method == LEARNED and asking != len(model.predictors):
+        raise ScheduleError(f"{schedule} asks for {asking} trained predictors, and the checkpoint has {len(model.predictors)}")
+    predictors = iter(model.predictors)
     for number, (block, asked) in enumerate(zip(blocks, schedule.removed, strict=True)):
         amount = min(asked, count // 2) if merges and schedule.up_to else asked
         if not amount:
@@ -154,8 +165,20 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
             raise ScheduleError(
                 f"block {number} has {count} patch tokens, of which at most {count // 2} can be merged, not {amount}"
             )
+        if schedule.method == LEARNED:
+            block.pruning = _pruning(next(predictors), count - amount, num_prefix, number)
+            count -= amount
+            continue
         try:
             block.reduction = TokenReduction(schedule.method, count - amount, num_prefix)
         except ValueError as error:
             raise ScheduleError(f"block {number}: {error}") from error
         count -= amount
+
+
+def _pruning(predictor: nn.Module, keep: int, num_prefix: int, number: int) -> LearnedPruning:
+    if not isinstance(predictor, TokenPredictor):
+        raise ScheduleError(f"a predictor is a {type(predictor).__name__}")
+    if keep < 1:
+        raise ScheduleError(f"block {number}: {keep} patch tokens cannot be left")
+    return LearnedPruning(predictor, keep, num_prefix)

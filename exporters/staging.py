@@ -31,6 +31,8 @@ def token_counts(model: MultiExitViT) -> list[TokenCount]:
     counts = [TokenCount(count, sized)]
     for stage in stages_of(model):
         for block in blocks_of(stage):
+            if block.pruning is not None:
+                count = model.config.num_prefix_tokens + block.pruning.keep
             if block.reduction is not None:
                 count, sized = model.config.num_prefix_tokens + block.reduction.keep, block.reduction.tracks_sizes
         counts.append(TokenCount(count, sized))
@@ -66,6 +68,9 @@ def stage_macs(stage: Stage, config: ViTConfig, count: int, *, last: bool) -> in
         macs += _stem_macs(config)
     for number, block in enumerate(blocks_of(stage)):
         prefix_only = last and number == len(stage.blocks) - 1 and asks_for_prefix_only(config)
+        if block.pruning is not None:
+            macs += (count - num_prefix) * block.pruning.predictor.multiply_adds()
+            count = num_prefix + block.pruning.keep
         asking = num_prefix if prefix_only else count
         macs += 2 * count * config.width**2 + asking * 2 * config.width**2 + _gather_macs(config, asking, count)
         if config.talking_heads:

@@ -28,8 +28,9 @@ from exporters.graph_writer import (
     quantized_bias,
     symmetric_int8,
 )
-from exporters.reduction_graph import Patches, reduce_patches
+from exporters.reduction_graph import Patches, reduce_patches, take, top_k
 from exporters.stem import Convolution, folded_convolutions, folded_patches, quantization_of_pixels
+from models.learned_pruning import LearnedPruning
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
 from models.vit import Block, ClassBlock, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
@@ -234,6 +235,8 @@ class _VitGraph(GraphWriter):
     def block(self, module: Block, name: str, tokens: _Tokens, config: ViTConfig, *, prefix_only: bool = False) -> _Tokens:
         """Tokens -> tokens; `prefix_only` gives those in front of the patches alone, exactly as they would be among all."""
         num_prefix = config.num_prefix_tokens
+        if module.pruning is not None:
+            tokens = self.prune(module.pruning, f"{name}.predictor", tokens)
         attended, patches = self.attention(module, f"{name}.attn", tokens, config, prefix_only=prefix_only)
         x = self.node("Add", self.slice(tokens.x, 0, num_prefix, axis=1) if prefix_only else tokens.x, attended)
         count, sizes = (num_prefix if prefix_only else tokens.count), tokens.sizes
@@ -296,6 +299,26 @@ class _VitGraph(GraphWriter):
             return Patches(of, sizes, weights, k, heads, num_prefix, tokens.count - num_prefix)
 
         return attended, patches
+
+    def prune(self, module: LearnedPruning, name: str, tokens: _Tokens) -> _Tokens:
+        """The patches that the predictor prefers; `models.learned_pruning`."""
+        predictor, num_prefix = module.predictor, module.num_prefix
+        patches = self.slice(tokens.x, num_prefix, tokens.count, axis=1)
+        x = self.linear(f"{name}.fc", self.norm(f"{name}.norm", predictor.norm, patches), *_matrix(predictor.fc))
+        own, shared = self.nodes("Split", [self.node("Gelu", x)], [f"{name}.own", f"{name}.shared"], axis=-1, num_outputs=2)
+        shared = self.node("ReduceMean", shared, self.constant([1]), keepdims=1)
+        shared = self.node("Expand", shared, self.constant([1, tokens.count - num_prefix, 1]))
+        x = self.node("Concat", own, shared, axis=-1)
+        for layer, part in (("out1", predictor.out1), ("out2", predictor.out2)):
+            x = self.node("Gelu", self.linear(f"{name}.{layer}", x, *_matrix(part)))
+        # The difference of the two logits, as one column.
+        weight, bias = _matrix(predictor.out3)
+        weight, bias = weight[:, :1] - weight[:, 1:], bias[:1] - bias[1:]
+        odds = self.node("MatMul", x, self.weight(f"{name}{IN_FP32}.out3.weight", weight))
+        odds = self.node("Squeeze", self.node("Add", odds, self.weight(f"{name}.out3.bias", bias)), self.constant([-1]))
+        kept = take(self, patches, top_k(self, odds, module.keep))
+        x = self.node("Concat", self.slice(tokens.x, 0, num_prefix, axis=1), kept, axis=1) if num_prefix else kept
+        return _Tokens(x, "", num_prefix + module.keep)
 
     def across_heads(self, name: str, module: nn.Linear, weights: str) -> str:
         """Each new head a mixture of all: a convolution of one pixel, heads for channels."""

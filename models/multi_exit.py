@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from models.learned_pruning import TokenPredictor
 from models.vit import Block, Embedding, Head, ViTConfig, init_weights
 
 
@@ -47,6 +48,7 @@ class MultiExitViT(nn.Module):
         self.stages = nn.ModuleList(
             Stage(config, end - start, first=start == 0) for start, end in zip(starts, boundaries, strict=True)
         )
+        self.predictors = nn.ModuleList(TokenPredictor(config.width) for _ in range(config.num_predictors))
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:

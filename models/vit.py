@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from models.efficient_attention import GATHERS
+from models.learned_pruning import LearnedPruning
 from models.token_reduction import TokenReduction
 
 LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
@@ -49,6 +50,7 @@ class ViTConfig:
     stem: tuple[tuple[int, int], ...] = ()  # (channels, stride) of each 3 x 3 convolution; none: one projection per patch
     attention: Literal["softmax", "linformer", "performer", "nystromformer"] = "softmax"
     attention_rank: int = 0  # of the last three: how many mixtures, features or landmarks
+    num_predictors: int = 0  # of which patches are worth keeping, where they were trained with the network
 
     def __post_init__(self) -> None:
         if (self.pooling == "class_attention") != (self.class_depth > 0):
@@ -219,7 +221,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), fewer tokens where `reduction` says so, then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); fewer tokens before, by `pruning`, or between, by `reduction`."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -227,10 +229,13 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.mlp = Mlp(config.width, config.hidden)
-        self.reduction: TokenReduction | None = None  # no weights of its own: set by whoever wants it
+        self.pruning: LearnedPruning | None = None  # its weights are the network's: set by whoever wants it
+        self.reduction: TokenReduction | None = None  # no weights of its own: likewise
 
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N, D) and their sizes (B, N, 1), None for one each -> the same, perhaps fewer."""
+        if self.pruning is not None:
+            x = self.pruning(x)
         gathered, weights, keys = self.attn(self.norm1(x), sizes)
         x = x + gathered
         if self.reduction is not None:

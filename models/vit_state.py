@@ -1,7 +1,7 @@
 """A Vision Transformer out of a state dict under timm's names: what the readers of several formats have in common.
 
 What is only another way of writing the same numbers is folded into the weights: LayerScale, a class token without position,
-the two classifiers of distilled DeiT.
+the two classifiers of distilled DeiT. DynamicViT's predictors come along where a checkpoint has them.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def _config_of(state: dict[str, Tensor], told: Told) -> ViTConfig:
         class_depth=len({name.split(".")[1] for name in state if name.startswith("blocks_token_only.")}),
         talking_heads="blocks.0.attn.proj_l.weight" in state,
         norm_eps=told.norm_eps,
+        num_predictors=len({name.split(".")[1] for name in state if name.startswith("score_predictor.")}),
     )
 
 
@@ -142,6 +143,7 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
         tensors = {name: take(f"{block}.{name}", block_shape(name, config)) for name in parts}
         _fold_layer_scale(tensors, block, left, take, config.width)
         found |= {f"{head}.class_blocks.{number}.{name}": value for name, value in tensors.items()}
+    found |= _predictors(config, take)
     norm = "fc_norm" if "fc_norm.weight" in left else "norm"
     found |= {f"{head}.norm.{kind}": take(f"{norm}.{kind}", (config.width,)) for kind in ("weight", "bias")}
     shape = (config.num_classes, config.width)
@@ -155,6 +157,24 @@ def _converted(state: dict[str, Tensor], config: ViTConfig, boundaries: Sequence
     found |= {f"{head}.fc.weight": weight, f"{head}.fc.bias": bias}
     if left:
         raise WeightsError(f"no use is known for {', '.join(sorted(left)[:8])}: this is another network than a plain ViT")
+    return found
+
+
+def _predictors(config: ViTConfig, take: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Those of DynamicViT, under our names."""
+    width, found = config.width, {}
+    layers = {
+        "in_conv.0": ("norm", (width,)),
+        "in_conv.1": ("fc", (width, width)),
+        "out_conv.0": ("out1", (width // 2, width)),
+        "out_conv.2": ("out2", (width // 4, width // 2)),
+        "out_conv.4": ("out3", (2, width // 4)),
+    }
+    for number in range(config.num_predictors):
+        for theirs, (ours, shape) in layers.items():
+            layer = f"score_predictor.{number}.{theirs}"
+            found[f"predictors.{number}.{ours}.weight"] = take(f"{layer}.weight", shape)
+            found[f"predictors.{number}.{ours}.bias"] = take(f"{layer}.bias", shape[:1])
     return found
 
 
