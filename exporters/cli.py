@@ -82,6 +82,8 @@ def export(
     unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     int8: Annotated[bool, typer.Option(help="Also export the INT8 variant.")] = True,
+    qdq: Annotated[bool, typer.Option(help="And INT8 as QDQ pairs, for OpenVINO.")] = False,
+    fp16: Annotated[bool, typer.Option(help="Also export an fp16 variant, for GPUs.")] = False,
     boundaries: Annotated[
         str | None, typer.Option(help="Blocks after which a stage ends, as 4,8,12; exits are fitted.")
     ] = None,
@@ -136,6 +138,8 @@ def export(
             other_images=_named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
             int8=int8,
+            qdq=qdq,
+            fp16=fp16,
             reduction=reduce,
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             data=data,
@@ -161,7 +165,11 @@ def export(
                     "--image-size": image_size,
                     "--patch-size": patch_size,
                 },
-                flags=([] if int8 else ["--no-int8"]) + (["--unlabelled"] if unlabelled else []),
+                flags=[
+                    flag
+                    for flag, given in {"--no-int8": not int8, "--qdq": qdq, "--fp16": fp16, "--unlabelled": unlabelled}.items()
+                    if given
+                ],
             ),
         )
         if dry_run:

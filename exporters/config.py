@@ -79,6 +79,8 @@ class ExportConfig:
     other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
     other_folders: Mapping[str, int] | None = None  # likewise, of those
     int8: bool = True
+    qdq: bool = False  # INT8 for OpenVINO too, as QDQ pairs
+    fp16: bool = False  # for GPUs
     reduction: str | None = None  # a schedule as `exporters.reduction_schedule` reads it
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)

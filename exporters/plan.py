@@ -35,6 +35,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
         count_images(path, network.labels, folders=config.folders, unlabelled=config.unlabelled)
         for path in (config.calibration_images, config.test_images)
     ]
+    wished = {"fp32": True, "int8": config.int8, "int8_qdq": config.qdq, "fp16": config.fp16}
     resized = "squashed to" if spec.squash else "shorter side to"
     tokens = [str(stage.outputs[1].shape[1]) for stage in stages[:-1]]
     return {
@@ -44,7 +45,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
         "token reduction": config.reduction or "none",
         "tokens between them": ", ".join(tokens) or "none",
         "exits": "fitted" if not isinstance(network, Network) or network.has_exits else "heads are fitted first",
-        "variants": "fp32, int8" if config.int8 else "fp32",
+        "variants": ", ".join(name for name, wanted in wished.items() if wanted),
         "size": f"fp32 {size / 2**20:.1f} MiB",
         "images": f"{counts[0]} to fit on, {counts[1]} to measure on",
         "goes to": f"{config.repository / config.name / str(config.version)}",

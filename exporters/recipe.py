@@ -28,6 +28,7 @@ from exporters.golden import golden_images, write_golden
 from exporters.graphs_export import export_of
 from exporters.images import ImageSet, ImageSetError, read_images, read_unlabelled
 from exporters.model_card import model_card
+from exporters.other_targets import as_fp16, as_qdq
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
@@ -38,15 +39,20 @@ from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
 from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
 
-FP32, INT8 = "fp32", "int8"
+FP32, INT8, QDQ, FP16 = "fp32", "int8", "int8_qdq", "fp16"
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
 # between two steps may fall to the other side; an instruction that saturates goes far beyond.
-GOLDEN_ATOL = {FP32: 1e-3, INT8: 0.25}
+GOLDEN_ATOL = {FP32: 1e-3, INT8: 0.25, QDQ: 0.25, FP16: 0.25}
 EVERYWHERE = tuple(HardwareTarget)
 # u8 x s8 saturates on x86 without VNNI, and MatMulIntegerToFloat is a CPU operator (docs/adr/0005).
-TARGETS = {FP32: EVERYWHERE, INT8: (HardwareTarget.CPU_VNNI,)}
+TARGETS = {
+    FP32: EVERYWHERE,
+    INT8: (HardwareTarget.CPU_VNNI,),
+    QDQ: (HardwareTarget.OPENVINO,),
+    FP16: (HardwareTarget.CUDA, HardwareTarget.TENSORRT, HardwareTarget.COREML),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +82,8 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
             full, schedule = _reduce(config, config.reduction, vit_of(network), fitting, build, progress)
-        variants = [FP32, INT8] if config.int8 else [FP32]
-
         exported = _exportable(config, network, fitting, progress)
-        progress.step("writing fp32 stages")
-        write_stages(build / FP32, exported.graphs())
-        kept_fp32 = "everything"
-        if INT8 in variants:
-            progress.step("calibrating and writing int8 stages")
-            quantized = exported.quantized(fitting.pixels, config.calibration, config.quantization, progress)
-            kept_fp32 = quantized.kept_fp32
-            write_stages(build / INT8, quantized.graphs)
-
+        variants, kept_fp32 = _write_variants(config, exported, fitting, build, progress)
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
         stages = exported.stages()
@@ -106,8 +102,8 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         }
         if config.unlabelled:
             fitting, test = (_answered(images, full or backends[FP32], len(costs)) for images in (fitting, test))
-        if INT8 in variants:
-            validate_quantized(fitting_logits[FP32][-1], fitting_logits[INT8][-1], fitting.labels, config.quantization)
+        for name in variants[1:]:
+            validate_quantized(name, fitting_logits[FP32][-1], fitting_logits[name][-1], fitting.labels, config.quantization)
         fitted = {
             name: _Fitted(
                 backend,
@@ -134,6 +130,8 @@ def check(config: ExportConfig) -> None:
     """
     if (config.repository / config.name / str(config.version)).exists():
         raise AlreadyPublished(f"{config.name} version {config.version} is already published; choose another version")
+    if config.qdq and not config.int8:
+        raise ValidationError("QDQ pairs are made of the INT8 variant: not without it (--no-int8)")
     if config.int8 and not has_exact_int8():
         raise ValidationError(
             "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
@@ -180,6 +178,24 @@ def _exportable(config: ExportConfig, network: Loaded, fitting: ImageSet, progre
         heads = fit_exit_heads(network.model, fitting.pixels, network.preprocess, config.exit_heads, progress)
         progress.step(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
     return ViTExport(network.model, network.preprocess)
+
+
+def _write_variants(
+    config: ExportConfig, exported: Exportable, fitting: ImageSet, build: Path, progress: Progress
+) -> tuple[list[str], str]:
+    """The stages of each variant, on disk; the variants, fp32 first, and what is not INT8, in words."""
+    graphs, kept_fp32 = {FP32: exported.graphs()}, "everything"
+    if config.int8:
+        progress.step("calibrating and writing int8 stages")
+        quantized = exported.quantized(fitting.pixels, config.calibration, config.quantization, progress)
+        graphs[INT8], kept_fp32 = quantized.graphs, quantized.kept_fp32
+        if config.qdq:
+            graphs[QDQ] = [as_qdq(graph) for graph in quantized.graphs]
+    if config.fp16:
+        graphs[FP16] = [as_fp16(graph) for graph in graphs[FP32]]
+    for name, stages in graphs.items():
+        write_stages(build / name, stages)
+    return [*graphs], kept_fp32
 
 
 def _images(

@@ -70,10 +70,13 @@ def validate(
     return worst
 
 
-def validate_quantized(reference: FloatArray, quantized: FloatArray, labels: Array, config: QuantizationConfig) -> None:
-    """Hold a quantized variant to what it may cost.
+def validate_quantized(
+    name: str, reference: FloatArray, quantized: FloatArray, labels: Array, config: QuantizationConfig
+) -> None:
+    """Hold a variant of less precision to what it may cost.
 
     Args:
+        name: of the variant.
         reference, quantized: logits (N, C) of the last exit.
         labels: int64 (N,).
 
@@ -85,9 +88,9 @@ def validate_quantized(reference: FloatArray, quantized: FloatArray, labels: Arr
     drop = float((before == labels).mean() - (after == labels).mean())
     if agreement < config.min_agreement or drop > config.max_accuracy_drop:
         raise AccuracyLoss(
-            f"int8 agrees with fp32 on {100 * agreement:.1f} % of {len(labels)} images (at least "
+            f"{name} agrees with fp32 on {100 * agreement:.1f} % of {len(labels)} images (at least "
             f"{100 * config.min_agreement:.1f} % is asked for) and loses {100 * drop:.2f} points of accuracy (at most "
-            f"{100 * config.max_accuracy_drop:.2f}): publish without int8 (--no-int8), or find the layer that hurts"
+            f"{100 * config.max_accuracy_drop:.2f}): publish without it (--no-int8, --no-fp16), or find the layer that hurts"
         )
 
 

@@ -69,7 +69,7 @@ def test_int8_within_its_limits_passes() -> None:
     """One of four images differs, none that was right before."""
     labels = np.array([0, 1, 2, 3])
     limits = QuantizationConfig(min_agreement=0.75, max_accuracy_drop=0.0)
-    validate_quantized(one_hot([0, 1, 2, 0]), one_hot([0, 1, 2, 1]), labels, limits)
+    validate_quantized("int8", one_hot([0, 1, 2, 0]), one_hot([0, 1, 2, 1]), labels, limits)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +82,4 @@ def test_int8_within_its_limits_passes() -> None:
 def test_int8_that_costs_too_much_is_refused_with_both_figures(after: list[int], limits: QuantizationConfig) -> None:
     """Agreement and accuracy are limits of their own."""
     with pytest.raises(AccuracyLoss, match=r"agrees with fp32 on 75\.0 %.*loses (0|25)\.00 points"):
-        validate_quantized(one_hot([0, 1, 2, 0]), one_hot(after), np.array([0, 1, 2, 3]), limits)
+        validate_quantized("int8", one_hot([0, 1, 2, 0]), one_hot(after), np.array([0, 1, 2, 3]), limits)
