@@ -1,0 +1,207 @@
+"""What INT8 and token reduction cost and save on trained ViTs, and where the time goes: docs/token-reduction.md.
+
+    python -m tests.bench.reductions --network deit_tiny=WEIGHTS,CONFIG --labels FILE --folders FILE \\
+        --calibration DIR --test DIR --test DIR --reduce tome:24x6 --reduce tome:13
+
+The baseline of every ratio is the same network in fp32, with all its tokens, at its own best batch, in the same rounds. A
+DeiT-S with random weights is timed besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from rich.console import Console
+
+from app.types import Array
+from exporters.config import CalibrationConfig, QuantizationConfig, SearchConfig
+from exporters.evaluation import paired_loss
+from exporters.images import read_images
+from exporters.progress import SILENT
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
+from exporters.schedule_search import find_schedule
+from exporters.sensitivity import last_logits
+from exporters.sources.timm_vit import TimmSource
+from exporters.vit_export import ViTExport
+from models.manifest import PreprocessSpec
+from models.multi_exit import MultiExitViT
+from models.vit import ViTConfig
+from tests.bench.graphs import milliseconds_per_image
+from tests.bench.machine import facts
+from tests.bench.operators import profile_table
+from tests.bench.processes import ROOT
+from tests.bench.report import write_section
+from tests.families import as_if_trained
+
+ALL = "all tokens"
+HEADER = (
+    "| variant | tokens removed, block by block | ms an image (batch) | times fp32 | top-1 | lost, 95 % interval "
+    "| agrees with fp32 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Prepared for one network."""
+
+    calibration: Array
+    test: Array
+    labels: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One variant of a network."""
+
+    model: onnx.ModelProto
+    schedule: str
+    kept_fp32: str
+    gmacs: float
+
+
+def main() -> int:
+    """0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--network", action="append", default=[], help="NAME=WEIGHTS,CONFIG as timm keeps them")
+    parser.add_argument("--labels", type=Path, required=True, help="a label a line")
+    parser.add_argument("--folders", type=Path, required=True, help="the folder of each class's images, one a line")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, action="append", required=True)
+    parser.add_argument("--reduce", action="append", default=[])
+    parser.add_argument("--target-agreement", type=float, default=QuantizationConfig().target_agreement)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "token-reduction.md")
+    args = parser.parse_args()
+    console = Console(width=180)
+    labels = tuple(args.labels.read_text().rstrip("\n").split("\n"))
+    folders = {name: number for number, name in enumerate(args.folders.read_text().split())}
+    quantization = QuantizationConfig(target_agreement=args.target_agreement)
+    told = facts(ROOT) | {
+        "Command": f"`python -m tests.bench.reductions … {' '.join(f'--reduce {each}' for each in args.reduce)}`"
+    }
+    parts = ["", *(f"- {key}: {value}" for key, value in told.items()), ""]
+    for text in args.network:
+        name, _, files = text.partition("=")
+        weights, config = (Path(part) for part in files.split(","))
+        network = TimmSource(weights, config, labels).load()
+        sets = [read_images(path, labels, network.preprocess, folders=folders) for path in (args.calibration, *args.test)]
+        images = Images(
+            sets[0].pixels, np.concatenate([s.pixels for s in sets[1:]]), np.concatenate([s.labels for s in sets[1:]])
+        )
+        parts.append(_section(name, network.model, network.preprocess, images, args.reduce, quantization, args.rounds, console))
+    parts.append(_deit_small(args.reduce, args.rounds, console))
+    write_section(args.output, "\n".join(parts) + "\n")
+    return 0
+
+
+def _section(
+    name: str,
+    model: MultiExitViT,
+    spec: PreprocessSpec,
+    images: Images,
+    schedules: Sequence[str],
+    quantization: QuantizationConfig,
+    rounds: int,
+    console: Console,
+) -> str:
+    """A trained network: accuracy, time, operators."""
+    graphs = _graphs(model, spec, images.calibration, schedules, quantization, console)
+    times = milliseconds_per_image({key: graph.model for key, graph in graphs.items()}, images.test, rounds=rounds)
+    reference = last_logits([graphs["fp32"].model], images.test).argmax(axis=1)
+    rows = [HEADER]
+    for key, graph in graphs.items():
+        answers = last_logits([graph.model], images.test).argmax(axis=1)
+        right = answers == images.labels
+        lost, half_width = paired_loss(reference == images.labels, right)
+        ms, batch = times[key]
+        cells = [
+            key,
+            graph.schedule,
+            f"{ms:.2f} ({batch})",
+            f"{times['fp32'][0] / ms:.2f}",
+            f"{100 * right.mean():.2f} %",
+            f"{100 * lost:.2f} ± {100 * half_width:.2f}",
+            f"{100 * (answers == reference).mean():.1f} %",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        console.print(rows[-1], highlight=False)
+    kept = "; ".join(f"{key}: {graph.kept_fp32}" for key, graph in graphs.items() if graph.kept_fp32)
+    chosen = {key: graph for key, graph in graphs.items() if key.startswith("fp32") or ALL in key or "int8" in key}
+    profile = profile_table(
+        {key: graph.model for key, graph in chosen.items()},
+        {key: graph.gmacs for key, graph in chosen.items()},
+        images.test[:8],
+    )
+    console.print(profile, highlight=False)
+    title = f"## {name}, {len(images.labels)} photographs"
+    return f"{title}\n\n" + "\n".join(rows) + f"\n\nIn fp32 besides the heads: {kept}.\n\n{profile}\n"
+
+
+def _graphs(
+    model: MultiExitViT,
+    spec: PreprocessSpec,
+    pixels: Array,
+    schedules: Sequence[str],
+    quantization: QuantizationConfig,
+    console: Console,
+) -> dict[str, Graph]:
+    """fp32 with all tokens, then INT8 with all of them and with each schedule."""
+    exported = ViTExport(model, spec)
+    (fp32,), (stage,) = exported.graphs(), exported.stages()
+    found = {"fp32": Graph(fp32, "", "", stage.gmacs)}
+    for text in (None, *schedules):
+        network = copy.deepcopy(model)
+        removed = ""
+        if text is not None:
+            wish = wish_of(text)
+            config = network.config
+            schedule = (
+                ReductionSchedule.parse(text, config.depth, config.num_patches)
+                if wish is None
+                else find_schedule(network, pixels, spec, wish, SearchConfig())
+            )
+            apply_schedule(network, schedule)
+            removed = ", ".join(map(str, schedule.removed))
+        reduced = ViTExport(network, spec)
+        (stage,) = reduced.stages()
+        int8 = reduced.quantized(pixels, CalibrationConfig(num_images=256), quantization, SILENT)
+        found[f"int8, {text or ALL}"] = Graph(int8.graphs[0], removed, int8.kept_fp32, stage.gmacs)
+        console.print(f"{text or ALL}: {removed or 'no schedule'}; in fp32: {int8.kept_fp32}", highlight=False)
+    return found
+
+
+def _deit_small(schedules: Sequence[str], rounds: int, console: Console) -> str:
+    """Speed alone: random weights, so that nothing is searched and no layer left out."""
+    spec = PreprocessSpec(
+        resize=256, crop=(224, 224), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, layout="uint8_nhwc"
+    )
+    torch.manual_seed(0)
+    model = MultiExitViT(ViTConfig(224, 16, 384, 12, 6, 1000, mlp_ratio=4.0, pooling="cls"), (12,)).eval()
+    as_if_trained(model, lambda: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), dtype=np.uint8)
+    said = [text for text in schedules if wish_of(text) is None]
+    graphs = _graphs(model, spec, pixels, said, QuantizationConfig(target_agreement=0.0), console)
+    times = milliseconds_per_image({key: graph.model for key, graph in graphs.items()}, pixels, rounds=rounds)
+    rows = [
+        "## DeiT-S, random weights: time alone",
+        "",
+        "| variant | ms an image (batch) | times fp32 |",
+        "| --- | --- | --- |",
+    ]
+    for key, (ms, batch) in times.items():
+        rows.append(f"| {key} | {ms:.2f} ({batch}) | {times['fp32'][0] / ms:.2f} |")
+        console.print(rows[-1], highlight=False)
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
