@@ -159,7 +159,7 @@ def _measured(name: str, exported: Exportable, spec: PreprocessSpec, parameters:
     seconds = time.perf_counter() - started
     (int8,) = found.graphs
     answers = [last_logits([graph], pixels[1::2]).argmax(axis=1) for graph in (fp32, int8)]
-    times = milliseconds_per_image({"fp32": fp32, "int8": int8}, pixels)
+    times = milliseconds_per_image({"fp32": [fp32], "int8": [int8]}, pixels)
     return Row(
         name,
         parameters,

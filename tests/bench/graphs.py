@@ -25,22 +25,22 @@ def session(model: onnx.ModelProto, *, threads: int = 1) -> ort.InferenceSession
 
 
 def milliseconds_per_image(
-    graphs: Mapping[str, onnx.ModelProto], pixels: Array, *, batch_sizes: Sequence[int] = (1, 4, 8), rounds: int = 7
+    networks: Mapping[str, Sequence[onnx.ModelProto]], pixels: Array, *, batch_sizes: Sequence[int] = (1, 4, 8), rounds: int = 7
 ) -> dict[str, tuple[float, int]]:
     """Median time of an image at the best batch size, and that size; one thread.
 
     Args:
-        graphs: of one stage each, by name.
+        networks: the graphs of their stages, by name; every image goes through all of them.
         pixels: (N, ...), what they take; N at least the largest batch.
     """
-    sessions = {name: session(graph) for name, graph in graphs.items()}
+    sessions = {name: [session(graph) for graph in graphs] for name, graphs in networks.items()}
     seconds: dict[tuple[str, int], list[float]] = {}
     for turn in range(rounds + 1):  # the first warms up
         for batch_size in batch_sizes:
             batch = np.ascontiguousarray(pixels[:batch_size])
             for name, each in sessions.items():
                 started = time.perf_counter()
-                each.run(None, {PIXELS: batch})
+                _run(each, batch)
                 if turn:
                     seconds.setdefault((name, batch_size), []).append((time.perf_counter() - started) / batch_size)
     best: dict[str, tuple[float, int]] = {}
@@ -49,3 +49,11 @@ def milliseconds_per_image(
         if name not in best or median < best[name][0]:
             best[name] = median, batch_size
     return best
+
+
+def _run(stages: Sequence[ort.InferenceSession], batch: Array) -> None:
+    outputs: dict[str, Array] = {PIXELS: batch}
+    for stage in stages:
+        names = [node.name for node in stage.get_outputs()]
+        wanted = {node.name: outputs[node.name] for node in stage.get_inputs()}
+        outputs = dict(zip(names, stage.run(names, wanted), strict=True))

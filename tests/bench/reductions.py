@@ -13,7 +13,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from exporters.progress import SILENT
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
 from exporters.schedule_search import find_schedule
 from exporters.sensitivity import last_logits
+from exporters.sources.base import Asked
 from exporters.sources.timm_vit import TimmSource
 from exporters.vit_export import ViTExport
 from models.manifest import PreprocessSpec
@@ -92,12 +93,13 @@ def main() -> int:
     for text in args.network:
         name, _, files = text.partition("=")
         weights, config = (Path(part) for part in files.split(","))
-        network = TimmSource(weights, config, labels).load()
+        source = TimmSource(weights, config, labels)
+        network = source.load()
         sets = [read_images(path, labels, network.preprocess, folders=folders) for path in (args.calibration, *args.test)]
         images = Images(
             sets[0].pixels, np.concatenate([s.pixels for s in sets[1:]]), np.concatenate([s.labels for s in sets[1:]])
         )
-        parts.append(_section(name, network.model, network.preprocess, images, args.reduce, quantization, args.rounds, console))
+        parts.append(_section(name, source, images, args.reduce, quantization, args.rounds, console))
     parts.append(_deit_small(args.reduce, args.rounds, console))
     write_section(args.output, "\n".join(parts) + "\n")
     return 0
@@ -105,17 +107,18 @@ def main() -> int:
 
 def _section(
     name: str,
-    model: MultiExitViT,
-    spec: PreprocessSpec,
+    source: TimmSource,
     images: Images,
     schedules: Sequence[str],
     quantization: QuantizationConfig,
     rounds: int,
     console: Console,
 ) -> str:
-    """A trained network: accuracy, time, operators."""
+    """A trained network: accuracy, time, operators, stages."""
+    network = source.load()
+    model, spec = network.model, network.preprocess
     graphs = _graphs(model, spec, images.calibration, schedules, quantization, console)
-    times = milliseconds_per_image({key: graph.model for key, graph in graphs.items()}, images.test, rounds=rounds)
+    times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, images.test, rounds=rounds)
     reference = last_logits([graphs["fp32"].model], images.test).argmax(axis=1)
     rows = [HEADER]
     for key, graph in graphs.items():
@@ -143,7 +146,27 @@ def _section(
     )
     console.print(profile, highlight=False)
     title = f"## {name}, {len(images.labels)} photographs"
-    return f"{title}\n\n" + "\n".join(rows) + f"\n\nIn fp32 besides the heads: {kept}.\n\n{profile}\n"
+    split = _split(source, spec, images, rounds)
+    console.print(split, highlight=False)
+    return f"{title}\n\n" + "\n".join(rows) + f"\n\nIn fp32 besides the heads: {kept}.\n\n{profile}\n\n{split}\n"
+
+
+def _split(source: TimmSource, spec: PreprocessSpec, images: Images, rounds: int) -> str:
+    """What it costs to cut a network into three stages, when every image goes through all of them."""
+    depth = source.load().model.config.depth
+    networks = {}
+    for name, boundaries in (("whole", ()), ("three stages", (depth // 3, 2 * depth // 3, depth))):
+        exported = ViTExport(replace(source, asked=Asked(boundaries)).load().model, spec)
+        nothing_asked = QuantizationConfig(target_agreement=0.0)
+        int8 = exported.quantized(images.calibration[:64], CalibrationConfig(), nothing_asked, SILENT)
+        networks |= {f"fp32, {name}": exported.graphs(), f"int8, {name}": int8.graphs}
+    times = milliseconds_per_image(networks, images.test, rounds=rounds)
+    told = (
+        f"{kind} {times[f'{kind}, three stages'][0]:.2f} ms an image instead of {times[f'{kind}, whole'][0]:.2f} "
+        f"({times[f'{kind}, three stages'][0] / times[f'{kind}, whole'][0]:.3f})"
+        for kind in ("fp32", "int8")
+    )
+    return f"Cut into three stages, with all images going through all of them and a head after each: {', '.join(told)}."
 
 
 def _graphs(
@@ -190,7 +213,7 @@ def _deit_small(schedules: Sequence[str], rounds: int, console: Console) -> str:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), dtype=np.uint8)
     said = [text for text in schedules if wish_of(text) is None]
     graphs = _graphs(model, spec, pixels, said, QuantizationConfig(target_agreement=0.0), console)
-    times = milliseconds_per_image({key: graph.model for key, graph in graphs.items()}, pixels, rounds=rounds)
+    times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, pixels, rounds=rounds)
     rows = [
         "## DeiT-S, random weights: time alone",
         "",
