@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=arguments.epochs,
         first_stage_epochs=arguments.first_stage_epochs,
         learning_rate=arguments.learning_rate,
+        augment=StudentConfig().augment.rarer(arguments.augmentation),
         seed=arguments.seed,
         taught_by=taught_by,
         started_from="" if arguments.start_from is None else sha256_of(arguments.start_from),
@@ -109,12 +110,20 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a Vision Transformer under timm's names, fitted to the classes and learned from instead of a convolutional one",
     )
     parser.add_argument("--teacher-config", type=Path, help="its config.json, as timm writes it: mean, std, heads")
+    parser.add_argument(
+        "--augmentation",
+        type=float,
+        default=1.0,
+        help="of the network's images, how many times as many are changed as by default; 0.3 suits a last, short run",
+    )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
     if (arguments.teacher_weights is None) != (arguments.teacher_config is None):
         parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
     if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
         parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
+    if not 0 <= arguments.augmentation <= 1:
+        parser.error("--augmentation is a factor between 0 and 1")
     if arguments.start_from is not None:
         if not arguments.start_from.is_file():
             parser.error(f"--start-from: there is no {arguments.start_from}")

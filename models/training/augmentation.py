@@ -7,7 +7,7 @@ the service are crisper than those of CIFAR-10, which were compressed twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class AugmentConfig:
     erase: float = 0.25  # side of the erased square, as a share of the image's (DeVries and Taylor, 2017)
     erase_probability: float = 0.4
     cutmix_probability: float = 0.0  # of a batch (Yun et al., ICCV 2019); pays in runs of hundreds of epochs
+
+    def rarer(self, factor: float) -> AugmentConfig:
+        """The same changes to so many times as many images; flips and shifts stay as they are."""
+        names = ("zoom_probability", "colour_probability", "erase_probability", "cutmix_probability")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
 def augment(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

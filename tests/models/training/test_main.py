@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.training.__main__ import IMAGENET_CLASSES, main
+from models.training.augmentation import AugmentConfig
 from models.training.data import hold_out, read_archive, write_held_out
 from models.weights import sha256_of
 from models.zoo import CIFAR10_LABELS
@@ -100,7 +101,19 @@ def test_a_network_can_learn_on_from_another_run(data: Path, capsys: pytest.Capt
         main([*arguments, "--run-dir", str(data / "second"), "--start-from", str(first.with_name("lost.pt"))])
     assert "there is no" in capsys.readouterr().err
 
-    main([*arguments, "--run-dir", str(data / "second"), "--start-from", str(first), "--learning-rate", "0"])
+    main(
+        [
+            *arguments,
+            "--run-dir",
+            str(data / "second"),
+            "--start-from",
+            str(first),
+            "--learning-rate",
+            "0",
+            "--augmentation",
+            "0.3",
+        ]
+    )
 
     second = torch.load(data / "second" / "network" / "checkpoint.pt", weights_only=True)["model"]
     before = torch.load(first, weights_only=True)["model"]
@@ -111,6 +124,11 @@ def test_a_network_can_learn_on_from_another_run(data: Path, capsys: pytest.Capt
     )
     config = json.loads((data / "second" / "network" / "config.json").read_text())
     assert (config["started_from"], config["first_stage_epochs"]) == (sha256_of(first), 0)
+    assert config["augment"]["erase_probability"] == pytest.approx(0.3 * AugmentConfig().erase_probability)
+    assert config["augment"]["shift"] == AugmentConfig().shift
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run-dir", str(data / "third"), "--augmentation", "2"])
+    assert "between 0 and 1" in capsys.readouterr().err
     assert not (data / "second" / "first_stage").exists()
 
 
