@@ -62,6 +62,14 @@ class ReductionSchedule:
             raise ScheduleError(f"{text!r} is no schedule for {depth} blocks")
         return cls(method, removed, up_to=not by_block)
 
+    def settled(self, num_patches: int) -> ReductionSchedule:
+        """With what each block really gives."""
+        removed, count = [], num_patches
+        for asked in self.removed:
+            removed.append(min(asked, count // 2) if self.method == "tome" and self.up_to else asked)
+            count -= removed[-1]
+        return ReductionSchedule(self.method, tuple(removed))
+
     def __str__(self) -> str:
         return f"{self.method}:{','.join(map(str, self.removed))}"
 

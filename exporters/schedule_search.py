@@ -60,7 +60,8 @@ def search_schedule(
     def tried(removed: list[int]) -> tuple[float, float] | None:
         """Change of the answer, and multiply-adds; None where the network cannot follow."""
         try:
-            apply_schedule(model, ReductionSchedule(method, tuple(removed)))
+            # What a block no longer can give, since blocks before it gave more, it keeps.
+            apply_schedule(model, ReductionSchedule(method, tuple(removed), up_to=True))
             return _change(reference, _log_probabilities(model, chosen)), _gmacs(model, spec)
         except ScheduleError:
             return None
@@ -88,7 +89,7 @@ def search_schedule(
         removed[block] += step
         change, gmacs = found
         heapq.heappush(waiting, (price, block))
-    return ReductionSchedule(method, tuple(removed))
+    return ReductionSchedule(method, tuple(removed), up_to=True).settled(model.config.num_patches)
 
 
 @torch.no_grad()

@@ -73,6 +73,15 @@ def test_it_saves_what_was_asked_for_and_costs_less_than_an_even_one(
     assert even_share > 0.6
 
 
+def test_merging_early_does_not_end_the_search(model: MultiExitViT, pixels: np.ndarray) -> None:
+    """Blocks behind give what they still can: far fewer tokens are reached than by whichever blocks came first."""
+    found = search_schedule(model, pixels, SPEC, "tome", 0.4, CONFIG)
+
+    assert change(model, pixels, found)[1] <= 0.4
+    assert found.settled(16) == found  # no block is asked for more than half of what it has
+    assert ReductionSchedule("tome", (8, 8, 8), up_to=True).settled(16) == ReductionSchedule("tome", (8, 4, 2))
+
+
 def test_a_method_that_cannot_work_is_told_by_its_reason(pixels: np.ndarray) -> None:
     """Not by how far it came."""
     with pytest.raises(ScheduleError, match="the network has no class token"):
