@@ -177,7 +177,8 @@ def with_thresholds(repository: Path, target: Path, variant: str, images: Sequen
         gaps = np.diff(confidence[window])
         widest = int(gaps.argmax())
         threshold = float(confidence[window][widest : widest + 2].mean())
-        assert gaps[widest] > 1e-4, "the confidences stand too close together"
+        # An answer in another batch differs by 1e-6 at most in fp32, by nothing in INT8.
+        assert gaps[widest] > 2e-5, "the confidences stand too close together"
         thresholds.append(threshold)
         staying &= max_softmax(softmax(output.logits, exit_.temperature)) < threshold
         state = dict(output.state)
