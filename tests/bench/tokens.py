@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
 from rich.console import Console
@@ -28,10 +25,9 @@ from exporters.golden import golden_images
 from exporters.progress import SILENT
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule
 from exporters.vit_export import ViTExport
-from models.manifest import PIXELS, PreprocessSpec
+from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
 from models.vit import ViTConfig
-from tests.bench.graphs import session
 from tests.bench.machine import facts
 from tests.bench.processes import ROOT
 from tests.bench.report import write_section
@@ -56,14 +52,10 @@ class Point:
 def main() -> int:
     """0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sides", help="pixels, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "high-resolution.md")
     args = parser.parse_args()
-    if args.run is not None:
-        print(json.dumps(_run(args.run)))
-        return 0
     torch.set_num_threads(1)
     console = Console(width=160)
     sides = [int(side) for side in args.sides.split(",")] if args.sides else SIDES
@@ -107,25 +99,9 @@ def _export(side: int, folder: Path) -> dict[str, Path]:
 
 
 def _measure(file: Path) -> Point:
-    command = [sys.executable, "-m", "tests.bench.tokens", "--run", str(file)]
+    command = [sys.executable, "-m", "tests.bench.run_graph", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return Point(**json.loads(done.stdout))
-
-
-def _run(file: Path) -> dict[str, float]:
-    """In a process of its own: the median of some runs, and the peak of its memory."""
-    graph = onnx.load(file)
-    shape = [dimension.dim_value for dimension in graph.graph.input[0].type.tensor_type.shape.dim[1:]]
-    pixels = np.random.default_rng(0).integers(0, 256, (1, *shape), dtype=np.uint8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    each = session(graph)
-    seconds = []
-    while len(seconds) < 3 or (sum(seconds) < 1.0 and len(seconds) < 30):
-        started = time.perf_counter()
-        each.run(None, {PIXELS: pixels})
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"ms": 1000 * statistics.median(seconds[1:]), "peak_mib": (peak - before) / 1024}
 
 
 def _markdown(found: dict[int, dict[str, Point]]) -> str:
