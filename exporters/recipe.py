@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
-from app.types import FloatArray
+from app.types import Array, FloatArray
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import NEVER, fit_exits
@@ -40,6 +41,7 @@ from exporters.vit_export import ViTExport
 from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
 
 FP32, INT8, QDQ, FP16 = "fp32", "int8", "int8_qdq", "fp16"
+UNSEEN_EVERY = 5
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
@@ -82,7 +84,8 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
             full, schedule = _reduce(config, config.reduction, vit_of(network), fitting, build, progress)
-        exported = _exportable(config, network, fitting, progress)
+        unseen = _unseen_by_heads(network, len(fitting))
+        exported = _exportable(config, network, fitting.pixels[~unseen], progress)
         variants, kept_fp32 = _write_variants(config, exported, fitting, build, progress)
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
@@ -107,7 +110,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         fitted = {
             name: _Fitted(
                 backend,
-                fit_exits(fitting_logits[name], fitting.labels, costs, config.exits),
+                fit_exits([each[unseen] for each in fitting_logits[name]], fitting.labels[unseen], costs, config.exits),
                 logits_per_exit(backend, len(costs), test.pixels, progress),
             )
             for name, backend in backends.items()
@@ -170,12 +173,24 @@ def _reduce(
     return full, text
 
 
-def _exportable(config: ExportConfig, network: Loaded, fitting: ImageSet, progress: Progress) -> Exportable:
-    """The network, with heads where it came without."""
+def _unseen_by_heads(network: Loaded, count: int) -> Array:
+    """Which of the fitting images thresholds are fitted on, bool (N,).
+
+    All, where heads came with the network; else every fifth, which heads are not fitted on: of what they know by heart they are
+    far too sure.
+    """
+    if not isinstance(network, Network) or network.has_exits:
+        return np.ones(count, dtype=bool)
+    unseen: Array = np.arange(count) % UNSEEN_EVERY == 0
+    return unseen
+
+
+def _exportable(config: ExportConfig, network: Loaded, seen: Array, progress: Progress) -> Exportable:
+    """The network, with heads where it came without, fitted on the images that may be seen."""
     if not isinstance(network, Network):
         return export_of(network)
     if not network.has_exits:
-        heads = fit_exit_heads(network.model, fitting.pixels, network.preprocess, config.exit_heads, progress)
+        heads = fit_exit_heads(network.model, seen, network.preprocess, config.exit_heads, progress)
         progress.step(f"heads agree with the last exit, on images they were not fitted on: {as_text(heads)}")
     return ViTExport(network.model, network.preprocess)
 

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -228,7 +229,7 @@ def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_
     assert list((tmp_path / "test_vit").iterdir()) == []
 
 
-def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages out of two blocks; the early head learns from the last one."""
     weights, told = write_checkpoint(tmp_path, checkpoint())
     make_archive(tmp_path / "images.zip", LABELS, per_class=6)
@@ -237,7 +238,21 @@ def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path) -> Non
     arguments += ["--labels", str(tmp_path / "labels.txt"), "--no-int8", "--repository", str(tmp_path / "repository")]
     arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
 
+    seen, counts = [], []
+    fit_heads, fit = recipe.fit_exit_heads, recipe.fit_exits
+
+    def heads(model: Any, pixels: np.ndarray, *rest: Any) -> Any:
+        seen.append(len(pixels))
+        return fit_heads(model, pixels, *rest)
+
+    def exits(logits: Any, labels: np.ndarray, *rest: Any) -> Any:
+        counts.append(len(labels))
+        return fit(logits, labels, *rest)
+
+    monkeypatch.setattr(recipe, "fit_exit_heads", heads)
+    monkeypatch.setattr(recipe, "fit_exits", exits)
     cut = CliRunner().invoke(exporter, [*arguments, "--boundaries", "1,2"])
+    assert (seen, counts) == ([24], [6])  # thresholds are fitted on what heads have not seen
     wrong = CliRunner().invoke(exporter, [*arguments, "--version", "2", "--boundaries", "1,3"])
 
     assert cut.exit_code == 0, cut.output
