@@ -163,8 +163,8 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
     if schedule.method == LEARNED and asking != len(model.predictors):
         raise ScheduleError(f"{schedule} asks for {asking} trained predictors, and the checkpoint has {len(model.predictors)}")
     predictors = iter(model.predictors)
-    for number, (block, asked) in enumerate(zip(blocks, schedule.removed, strict=True)):
-        amount = min(asked, count // 2) if merges and schedule.up_to else asked
+    settled = schedule.settled(model.config.num_patches)
+    for number, (block, amount) in enumerate(zip(blocks, settled.removed, strict=True)):
         if not amount:
             continue
         if not isinstance(block, Block):

@@ -97,7 +97,7 @@ def test_attention_that_has_other_steps_stays_fp32() -> None:
 
 
 def test_attention_of_few_tokens_stays_fp32() -> None:
-    """To quantize would cost what it saves."""
+    """There is little to save."""
     ranges = collect_ranges(stage_graphs(plain_vit(), SPEC, expose=True), golden_images(SPEC), CalibrationConfig())
     assert not [name for stage in ranges for name in stage if ":" in name]
 
