@@ -16,12 +16,14 @@ from models.training.data import Split, join, load, read_photos, to_tensor, writ
 from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
 from models.training.teacher import PretrainedTeacher
+from models.training.views import Views, store_views
 from models.training.whitening import whiten
 from models.vit_state import num_heads_of
 from models.weights import WeightsError, load_state_dict, sha256_of
 from models.zoo import ZOO, ZooEntry
 
 HELD_OUT = "held_out.zip"
+VIEWS = "views"
 WHITENING_IMAGES = 4000
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
@@ -53,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_stage_epochs=arguments.first_stage_epochs,
         learning_rate=arguments.learning_rate,
         augment=StudentConfig().augment.rarer(arguments.augmentation),
+        stored_views=arguments.stored_views,
         seed=arguments.seed,
         taught_by=taught_by,
         started_from="" if arguments.start_from is None else sha256_of(arguments.start_from),
     )
+    views: Views | None = None
+    if teacher is not None and student_config.stored_views:
+        views = store_views(data, teacher, student_config, arguments.run_dir / VIEWS)
     student = StudentLearner(student_config, entry, teacher)
     if arguments.start_from is not None:
         student.start_from(arguments.start_from)
@@ -64,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_config = replace(student_config, epochs=student_config.first_stage_epochs)
         first = StudentLearner(first_config, entry, teacher, num_stages=1)
         start_white(first, data)
-        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage")
+        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage", views)
         student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
-    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model)
+    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model, views)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
 
@@ -116,12 +122,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1.0,
         help="of the network's images, how many times as many are changed as by default; 0.3 suits a last, short run",
     )
+    parser.add_argument(
+        "--stored-views",
+        type=int,
+        default=student_config.stored_views,
+        help="augmented views of each image, shown to the teacher once and used in turn; 0 shows it every image every time",
+    )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
     if (arguments.teacher_weights is None) != (arguments.teacher_config is None):
         parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
     if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
         parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
+    if arguments.stored_views < 0:
+        parser.error("--stored-views is a number of views, or 0")
+    if arguments.stored_views and arguments.teacher_epochs == 0:
+        parser.error("--stored-views keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
     if not 0 <= arguments.augmentation <= 1:
         parser.error("--augmentation is a factor between 0 and 1")
     if arguments.start_from is not None:

@@ -62,4 +62,5 @@ class StudentConfig(RunConfig):
     exit_weights: tuple[float, ...] = (0.6, 0.8, 1.0)  # of each exit's loss, first to last
     taught_by: str = "a convolutional network"
     started_from: str = ""  # SHA-256 of another run's checkpoint, if any
+    stored_views: int = 0  # of each image, with the teacher's answers, used in turn; none: drawn, and asked about, every time
     distillation: float = 0.7  # share of the teacher in an exit's loss; the labels have the rest

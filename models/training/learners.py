@@ -31,8 +31,8 @@ class TeacherLearner:
         """As of one exit."""
         return [self.model(x)]
 
-    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the batch."""
+    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        """The mean over the batch; nobody teaches the teacher."""
         return F.cross_entropy(logits[0], targets, label_smoothing=self._config.label_smoothing)
 
     def prepare_step(self) -> None:
@@ -86,10 +86,11 @@ class StudentLearner:
         """Take the weights of another run of the same network."""
         self.model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
 
-    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor) -> Tensor:
-        """Weighted sum over the exits of the mean over the batch."""
+    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        """Weighted sum over the exits of the mean over the batch; `taught` is what the teacher said, if it was asked before."""
         config = self._config
-        taught = self._teach(x) if self._teacher is not None else logits[-1].detach().softmax(dim=1)
+        if taught is None:
+            taught = self._teach(x) if self._teacher is not None else logits[-1].detach().softmax(dim=1)
         # Nothing is to be learned from a teacher that is wrong: there the labels have all of the loss.
         share = config.distillation * (taught.argmax(1) == targets.argmax(1)).float()  # (B,)
         total = x.new_zeros(())

@@ -20,10 +20,12 @@ from models.training.augmentation import augment, cutmix
 from models.training.config import RunConfig
 from models.training.curves import draw_curves
 from models.training.data import Split, to_tensor
+from models.training.views import Views
 
 CHECKPOINT, LOG, CONFIG, CURVES = "checkpoint.pt", "log.jsonl", "config.json", "curves.png"
 MAX_GRADIENT_NORM = 1.0
-SINCE = {"muon": True, "taught_by": "a convolutional network", "started_from": ""}  # what runs did before it could be said
+# What runs did before it could be said.
+SINCE = {"muon": True, "taught_by": "a convolutional network", "started_from": "", "stored_views": 0}
 RUNNING_MEAN = 0.98  # of what the progress bar shows
 
 
@@ -44,8 +46,8 @@ class Learner(Protocol):
         """Called when the gradients are there, before the optimizers' steps."""
         ...
 
-    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor) -> Tensor:
-        """What to minimise, given the class probabilities wanted, float32 (B, C)."""
+    def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        """What to minimise, given the class probabilities wanted and those of a teacher, if it was asked before: (B, C)."""
         ...
 
 
@@ -74,8 +76,10 @@ def accuracy_per_exit(learner: Learner, split: Split, *, bf16: bool) -> list[flo
     return [float((logits.argmax(1) == labels).float().mean()) for logits in predict(learner, split.images, bf16=bf16)]
 
 
-def fit(learner: Learner, config: RunConfig, data: Split, held_out: Split, run_dir: Path, name: str) -> None:
-    """Train, or go on where an interrupted run in the same directory stopped.
+def fit(
+    learner: Learner, config: RunConfig, data: Split, held_out: Split, run_dir: Path, name: str, views: Views | None = None
+) -> None:
+    """Train on the images, or on stored views of them, or go on where an interrupted run in the same directory stopped.
 
     Writes `checkpoint.pt` after every epoch, `log.jsonl` (a line an epoch), `curves.png` and `config.json`.
 
@@ -105,12 +109,15 @@ def fit(learner: Learner, config: RunConfig, data: Split, held_out: Split, run_d
             learner.model.train()
             for step in range(steps_per_epoch):
                 chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-                x = augment(images[chosen].float() / 255, config.augment, generator)
-                targets = F.one_hot(labels[chosen], learner.num_classes).float()
-                x, targets = cutmix(x, targets, config.augment.cutmix_probability, generator)
+                targets, taught = F.one_hot(labels[chosen], learner.num_classes).float(), None
+                if views is None:
+                    x = augment(images[chosen].float() / 255, config.augment, generator)
+                    x, targets = cutmix(x, targets, config.augment.cutmix_probability, generator)
+                else:
+                    x, taught = views.batch(epoch, chosen, generator)
                 x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
                 _set_learning_rate(learner, learning_rate_factor(epoch * steps_per_epoch + step, total, warmup))
-                loss, accuracy = _step(learner, x, targets, config)
+                loss, accuracy = _step(learner, x, targets, taught, config)
                 summed += loss
                 shown.add(loss, accuracy)
                 progress.update(task, advance=1, description=f"{name}, epoch {epoch + 1}/{config.epochs}, {shown}")
@@ -142,11 +149,11 @@ class _Running:
         return f"loss {self._loss:.3f}, top-1 {100 * self._accuracy:.1f} %"
 
 
-def _step(learner: Learner, x: Tensor, targets: Tensor, config: RunConfig) -> tuple[float, float]:
+def _step(learner: Learner, x: Tensor, targets: Tensor, taught: Tensor | None, config: RunConfig) -> tuple[float, float]:
     """One update; (loss, accuracy of the last exit on these augmented images)."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
         logits = learner.logits(x)
-    loss = learner.loss([exit_logits.float() for exit_logits in logits], x, targets)
+    loss = learner.loss([exit_logits.float() for exit_logits in logits], x, targets, taught)
     for optimizer in learner.optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
