@@ -37,7 +37,7 @@ class SearchConfig:
 
     num_images: int = 64
     covered: float = 0.9  # share of the images that lose nothing above a threshold
-    steps_of_all_tokens: int = 24  # a step takes a block as many tokens as this part of all patches
+    tolerance: float = 0.05  # of the smallest change of the answer: as good, for which fewer reductions are preferred
 
 
 @dataclass(frozen=True, slots=True)

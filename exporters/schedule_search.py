@@ -1,14 +1,13 @@
-"""A schedule of token reduction found for one network: where a token less costs least.
+"""A schedule of token reduction found for one network: where tokens less cost least.
 
-Greedy: of all blocks the one where some tokens fewer change the network's own answer least, for the multiply-adds it saves;
-again and again until few enough are left. What a candidate costs is computed anew only when its turn comes (lazy greedy,
-Minoux, 1978): the costs of other blocks rise little by what one block gave up.
+Candidates are windows of blocks that all remove as many tokens, every one, every second or every third of them, as many as
+leave the multiply-adds that were asked for; the one that changes the network's own answer least is taken. A greedy choice,
+block by block, changed it more: what a first step costs says little of what many do together (docs/adr/0012).
 """
 
 from __future__ import annotations
 
-import heapq
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from exporters.staging import stage_specs
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
+
+DISTANCES = (1, 2, 3)  # between blocks that remove tokens
 
 
 def find_schedule(
@@ -53,43 +54,66 @@ def search_schedule(
         ScheduleError: the method cannot work in this network, or not go so far.
     """
     chosen = normalised(pixels[spread(len(pixels), config.num_images)], spec)
-    step = max(1, model.config.num_patches // config.steps_of_all_tokens)
     check_method(model, method)
-    full, reference = _gmacs(model, spec), _log_probabilities(model, chosen)
+    candidates, lowest = _candidates(model, spec, method, share)
+    if not candidates:
+        raise ScheduleError(f"{method} leaves {100 * lowest:.0f} % of the multiply-adds at least, not {100 * share:.0f} %")
+    reference = _log_probabilities(model, chosen)
+    changes = {}
+    try:
+        for schedule in progress.track(candidates, "searching a schedule"):
+            apply_schedule(model, schedule)
+            changes[schedule] = _change(reference, _log_probabilities(model, chosen))
+            clear_schedule(model)
+    finally:
+        clear_schedule(model)
+    # Each reduction takes time besides: the fewest of those that are as good as the best.
+    bound = (1 + config.tolerance) * min(changes.values())
+    good = [schedule for schedule in candidates if changes[schedule] <= bound]
+    return min(good, key=lambda schedule: (sum(amount > 0 for amount in schedule.removed), changes[schedule]))
 
-    def tried(removed: list[int]) -> tuple[float, float] | None:
-        """Change of the answer, and multiply-adds; None where the network cannot follow."""
+
+def _candidates(model: MultiExitViT, spec: PreprocessSpec, method: str, share: float) -> tuple[list[ReductionSchedule], float]:
+    """Schedules that leave at most this share of the multiply-adds, but hardly less, and the least share that any leaves."""
+    full = _gmacs(model, spec)
+
+    def left(removed: list[int]) -> float | None:
+        """The share of the multiply-adds; None where a block has not so many tokens to give."""
         try:
-            # What a block no longer can give, since blocks before it gave more, it keeps.
             apply_schedule(model, ReductionSchedule(method, tuple(removed), up_to=True))
-            return _change(reference, _log_probabilities(model, chosen)), _gmacs(model, spec)
+            return _gmacs(model, spec) / full
         except ScheduleError:
             return None
         finally:
             clear_schedule(model)
 
-    removed, change, gmacs = [0] * model.config.depth, 0.0, full
-    waiting = [(-math.inf, number) for number in range(model.config.depth)]  # price when last computed, block
-    heapq.heapify(waiting)
-    bar = iter(progress.track(range(model.config.depth * config.steps_of_all_tokens), "searching a schedule"))
-    while gmacs > share * full:
-        next(bar, None)
-        while True:
-            if not waiting:
-                reached, asked = (f"{100 * value:.0f} %" for value in (gmacs / full, share))
-                raise ScheduleError(f"{method} leaves {reached} of the multiply-adds at least, not {asked}")
-            _, block = heapq.heappop(waiting)
-            found = tried([amount + step * (number == block) for number, amount in enumerate(removed)])
-            if found is None or found[1] >= gmacs:
-                continue  # never again: what is possible only shrinks
-            price = (found[0] - change) / (gmacs - found[1])
-            if not waiting or price <= waiting[0][0]:
-                break
-            heapq.heappush(waiting, (price, block))
-        removed[block] += step
-        change, gmacs = found
-        heapq.heappush(waiting, (price, block))
-    return ReductionSchedule(method, tuple(removed), up_to=True).settled(model.config.num_patches)
+    depth, num_patches, found, lowest = model.config.depth, model.config.num_patches, {}, 1.0
+    for blocks in dict.fromkeys(_windows(depth)):
+        low, high = 0, num_patches  # tokens a block: too few, and enough or impossible
+        while high - low > 1:
+            middle = (low + high) // 2
+            reached = left([middle * (number in blocks) for number in range(depth)])
+            lowest = min(lowest, reached or 1.0)
+            low, high = (middle, high) if reached is not None and reached > share else (low, middle)
+        removed = [high * (number in blocks) for number in range(depth)]
+        reached = left(removed)
+        if reached is None or reached > share:
+            continue
+        for number in reversed(blocks):  # what is a little too much is given back
+            fewer = [amount - (n == number) for n, amount in enumerate(removed)]
+            reached = left(fewer)
+            removed = fewer if reached is not None and reached <= share else removed
+        found[ReductionSchedule(method, tuple(removed), up_to=True).settled(num_patches)] = True
+    return [*found], lowest
+
+
+def _windows(depth: int) -> Iterator[tuple[int, ...]]:
+    """The blocks that remove tokens."""
+    for distance in DISTANCES:
+        for first in range(depth):
+            blocks = tuple(range(first, depth, distance))
+            for number in range(len(blocks)):
+                yield blocks[: number + 1]
 
 
 @torch.no_grad()

@@ -26,6 +26,12 @@ def photo(width: int = 120, height: int = 80, seed: int = 0) -> NDArray[np.uint8
     return np.clip(128 + 48 * planes / planes.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
+def plain_patches(number: int, *, across: int = 4, side: int = 8) -> NDArray[np.uint8]:
+    """Images of patches in one colour each, uint8 (number, across * side, across * side, 3)."""
+    colours = np.random.default_rng(0).integers(0, 256, (number, across, across, 3), dtype=np.uint8)
+    return np.kron(colours, np.ones((1, side, side, 1), np.uint8))
+
+
 def encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
     """The image as a file of that format."""
     buffer = BytesIO()

@@ -10,18 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from app.runtime.ort_backend import session_options
 from app.types import Array
 from models.manifest import PIXELS
 
 
 def session(model: onnx.ModelProto, *, threads: int = 1) -> ort.InferenceSession:
     """With the options of the service's own sessions."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"])
 
 
 def milliseconds_per_image(

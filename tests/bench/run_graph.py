@@ -12,18 +12,15 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 
-PIXELS = "pixels"
+from app.runtime.ort_backend import session_options
+from models.manifest import PIXELS
 
 
 def main(file: str) -> None:
     """Print the median milliseconds of one image, and MiB at the peak beyond what the process has without the graph."""
     process = psutil.Process()
     before = process.memory_info().rss
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(file, session_options(1), providers=["CPUExecutionProvider"])
     (taken,) = session.get_inputs()
     pixels = np.random.default_rng(0).integers(0, 256, (1, *taken.shape[1:]), dtype=np.uint8)
     seconds: list[float] = []

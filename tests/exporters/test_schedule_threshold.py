@@ -14,6 +14,7 @@ from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS
 from models.vit import ViTConfig
 from models.zoo import ZOO, create_model
+from tests.images import plain_patches
 
 SPEC = ZOO["test_vit"].preprocess
 CONFIG = SearchConfig(num_images=20, covered=0.9)
@@ -22,8 +23,7 @@ CONFIG = SearchConfig(num_images=20, covered=0.9)
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
     """Patches of plain colours."""
-    noise = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
-    return np.kron(noise, np.ones((1, 8, 8, 1), np.uint8))
+    return plain_patches(20)
 
 
 @pytest.fixture
