@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.errors import ServiceError
-from exporters.config import ExitConfig, ExportConfig
+from exporters.config import ExitConfig, ExportConfig, QuantizationConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import ImageSetError, classes_by_folder
 from exporters.plan import plan
@@ -48,6 +49,14 @@ UNUSABLE = (
     json.JSONDecodeError,
     OSError,  # a full disk, a folder that may not be written
 )
+
+# What INT8 is asked for, the same of every command that makes it.
+Agreement = Annotated[
+    float,
+    typer.Option(min=0, max=100, help="Percent of the images whose answer INT8 may not change: layers stay in fp32 for it."),
+]
+Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay in fp32 for that.")]
+DEFAULT = QuantizationConfig()
 
 app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
 
@@ -100,6 +109,8 @@ def export(
             "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
+    target_agreement: Agreement = 100 * DEFAULT.target_agreement,
+    max_fp32_layers: Fp32Layers = DEFAULT.max_fp32_layers,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,
     also_classes: Annotated[Path | None, typer.Option(exists=True, help="JSON {folder: class} of those.")] = None,
@@ -141,6 +152,7 @@ def export(
             qdq=qdq,
             fp16=fp16,
             reduction=reduce,
+            quantization=replace(DEFAULT, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             data=data,
             training=training,
@@ -150,6 +162,7 @@ def export(
                     "--model": model,
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
+                    **_where_other(target_agreement, max_fp32_layers),
                     "--timm-config": timm_config,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),
                     "--onnx": onnx,
@@ -258,6 +271,15 @@ def _named_paths(texts: list[str]) -> dict[str, Path]:
     return paths
 
 
+def _where_other(target_agreement: float, max_fp32_layers: int) -> dict[str, object]:
+    """What INT8 was asked for, where it is not what it is asked for by default."""
+    asked = {
+        "--target-agreement": (target_agreement, 100 * DEFAULT.target_agreement),
+        "--max-fp32-layers": (max_fp32_layers, DEFAULT.max_fp32_layers),
+    }
+    return {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}
+
+
 def _repeated(options: dict[str, object], flags: list[str], command: str = "export") -> str:
     """The command for the card: files by name only, no folders of this machine."""
     words = ["python", "-m", "exporters", command]
@@ -277,6 +299,8 @@ def quantize(
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    target_agreement: Agreement = 100 * DEFAULT.target_agreement,
+    max_fp32_layers: Fp32Layers = DEFAULT.max_fp32_layers,
     max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
@@ -293,6 +317,7 @@ def quantize(
             version=version,
             unlabelled=unlabelled,
             folders=_numbered(folders),
+            quantization=replace(DEFAULT, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             data=told.get("data", "not stated"),
             training=told.get("training", "not stated"),
@@ -303,6 +328,7 @@ def quantize(
                     "--version": version,
                     "--from": stored.version,
                     "--max-drop": f"{max_drop:g}",
+                    **_where_other(target_agreement, max_fp32_layers),
                     "--folders": folders,
                     "--calibration": calibration,
                     "--test": test,

@@ -36,6 +36,8 @@ def as_qdq(model: ModelProto) -> ModelProto:
             writer.product(node)
         elif node.op_type == "QLinearConv":
             writer.convolution(node)
+        elif node.op_type == "QLinearAdd":
+            writer.sum(node)
         else:
             writer.nodes.append(node)
     used = {name for node in writer.nodes for name in names_used(node)}
@@ -80,6 +82,12 @@ class _Writer:
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
         self._node("Conv", inputs, f"{node.output[0]}.float", **attributes)
         self._node("QuantizeLinear", [f"{node.output[0]}.float", y_scale, y_zero], node.output[0])
+
+    def sum(self, node: NodeProto) -> None:
+        """Of bytes, as bytes."""
+        inputs, output = node.input, node.output[0]
+        self._node("Add", [self._float(inputs[:3]), self._float(inputs[3:6])], f"{output}.float")
+        self._node("QuantizeLinear", [f"{output}.float", *inputs[6:]], output)
 
     def _float(self, inputs: Sequence[str], axis: int | None = None) -> str:
         """Dequantized; per channel along the axis where there is a scale for each."""

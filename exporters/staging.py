@@ -103,10 +103,9 @@ def _stem_macs(config: ViTConfig) -> int:
     if not config.stem:
         return config.num_patches * 3 * config.patch_size**2 * config.width
     macs, in_channels, side = 0, 3, config.image_size
-    for out_channels, stride in config.stem:
-        side //= stride
-        macs += side * side * 9 * in_channels * out_channels
-        in_channels = out_channels
+    for layer in config.stem:
+        macs += side**2 * layer.side**2 * in_channels * layer.channels
+        side, in_channels = side // layer.pool, layer.channels
     return macs
 
 

@@ -2,8 +2,7 @@
 
 As fast as torch's own export in fp32 and faster in INT8 (docs/adr/0005): linear layers become `QuantizeLinear` and
 `MatMulIntegerToFloat` with per-channel weights, the stem's convolutions become `QLinearConv`, instead of QDQ pairs that ONNX
-Runtime has to recognise. Add,
-LayerNormalization, Softmax and Gelu stay plain: their fused forms are slower on the CPU.
+Runtime has to recognise. Add, LayerNormalization, Softmax and Gelu stay plain: their fused forms are slower on the CPU.
 """
 
 from __future__ import annotations
@@ -14,28 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import TensorProto
-from torch import Tensor, nn
+from torch import nn
 
 from app.types import Array
 from exporters.attention_graph import INT8_FROM_TOKENS, by_head, gather_tokens, mix, scores
-from exporters.graph_writer import (
-    IN_FP32,
-    ActivationRange,
-    GraphWriter,
-    Quantization,
-    Shape,
-    bias_scale,
-    quantized_bias,
-    symmetric_int8,
-)
+from exporters.graph_writer import IN_FP32, ActivationRange, GraphWriter, Shape
 from exporters.reduction_graph import Patches, reduce_patches, take, top_k
-from exporters.stem import Convolution, folded_convolutions, folded_patches, quantization_of_pixels
+from exporters.stem import conv_stem, patch_projection
 from models.learned_pruning import LearnedPruning
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
 from models.vit import Block, ClassBlock, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
-
-PATCH_EMBED = "patch_embed"
 
 
 def tokens_name(stage: int) -> str:
@@ -137,9 +125,9 @@ class _VitGraph(GraphWriter):
         """Pixels -> tokens (B, N, D) with positions; normalises where the preprocessing leaves it to the graph."""
         stem = module.patch_embed
         if isinstance(stem, ConvStem):
-            x = self.tokens_of(self.conv_stem(stem, preprocess), config.width)
+            x = conv_stem(self, stem, config, preprocess)
         elif isinstance(stem, PatchEmbed):
-            x = self.patch_embed(stem, config, preprocess)
+            x = patch_projection(self, stem, config, preprocess)
         else:
             raise TypeError(f"no graph is known for a stem of the kind {type(stem).__name__}")
         positions = module.pos_embed.detach().numpy().copy()
@@ -148,89 +136,6 @@ class _VitGraph(GraphWriter):
             x = self.node("Pad", x, self.constant([0, config.num_prefix_tokens, 0, 0, 0, 0]))
             positions[:, : config.num_prefix_tokens] += module.cls_token.detach().numpy()
         return self.node("Add", x, self.weight("positions", positions))
-
-    def tokens_of(self, features: str, width: int) -> str:
-        """(B, D, h, w) -> (B, N, D)."""
-        return self.node("Transpose", self.node("Reshape", features, self.constant([0, width, -1])), perm=[0, 2, 1])
-
-    def patch_embed(self, module: PatchEmbed, config: ViTConfig, preprocess: PreprocessSpec) -> str:
-        """Pixels -> tokens (B, N, D).
-
-        INT8: a product of the bytes as they come, which nothing rounds, with the weights of each patch; what normalises the
-        pixels is in the weights and the bias.
-        """
-        weight, bias = module.proj.weight, _vector(module.proj.bias)
-        side, across = weight.shape[-1], config.image_size // weight.shape[-1]
-        if PATCH_EMBED not in self.ranges:
-            x = self.normalised(preprocess)
-            if preprocess.layout == "uint8_nhwc" and across * side == config.image_size:
-                self.expose(PATCH_EMBED, x)
-            names = self.weight("patch.weight", weight), self.weight("patch.bias", bias)
-            x = self.node("Conv", x, *names, kernel_shape=[side, side], strides=[side, side])
-            return self.tokens_of(x, config.width)
-        x = self.node("Reshape", PIXELS, self.constant([0, across, side, across, side * 3]))
-        x = self.node("Reshape", self.node("Transpose", x, perm=[0, 1, 3, 2, 4]), self.constant([0, across**2, side**2 * 3]))
-        matrix, offset, middle = folded_patches(module, preprocess)
-        integers, scale = symmetric_int8(matrix, axis=0)
-        pixels = self.quantization(PATCH_EMBED, (np.float32(1), np.uint8(middle)))
-        weights = self.weight("patch.weight", integers), self.weight("patch.weight_scale", scale)
-        return self.integer_linear(x, pixels, *weights, self.weight("patch.bias", offset.astype(np.float32)))
-
-    def normalised(self, preprocess: PreprocessSpec) -> str:
-        """The pixels as the network was trained on them, float32 (B, 3, H, W)."""
-        if preprocess.layout == "float32_nchw":
-            return PIXELS
-        x = self.node("Cast", PIXELS, to=TensorProto.FLOAT)
-        x = self.node("Transpose", x, perm=[0, 3, 1, 2])
-        mean, std = (np.array(v, dtype=np.float32).reshape(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
-        x = self.node("Mul", x, self.weight("pixels.scale", np.float32(preprocess.scale) / std))
-        return self.node("Sub", x, self.weight("pixels.offset", mean / std))
-
-    def conv_stem(self, module: ConvStem, preprocess: PreprocessSpec) -> str:
-        """Pixels -> features (B, D, h, w), through convolutions, each followed by ReLU.
-
-        INT8: bytes between the convolutions, whose rounding to the unsigned range is the ReLU. The pixels themselves are
-        taken as bytes where one of them stands for zero, which padding needs; else the first convolution stays fp32.
-        """
-        layers = [(f"stem.{number}", layer) for number, layer in enumerate(folded_convolutions(module))]
-        x, known = PIXELS, None
-        int8 = all(name in self.ranges for name, _ in layers)
-        if int8 and (known := quantization_of_pixels(preprocess)) is not None:
-            x = self.node("Transpose", PIXELS, perm=[0, 3, 1, 2])
-            layers[0][1].weight /= np.array(preprocess.std, dtype=np.float32).reshape(1, 3, 1, 1)
-        else:
-            x = self.normalised(preprocess)
-        for name, layer in layers:
-            if known is not None:
-                x, known = self.quantized_convolution(name, x, known, layer)
-                continue
-            names = self.weight(f"{name}.weight", layer.weight), self.weight(f"{name}.bias", layer.bias)
-            x = self.node("Relu", self.node("Conv", x, *names, **layer.attributes()))
-            self.expose(name, x)
-            if int8:
-                known = self.ranges[name].scale_and_zero_point()
-                x = self.node("QuantizeLinear", x, *self.quantization(f"{name}.output", known))
-        if known is None:
-            return x
-        return self.node("DequantizeLinear", x, *self.quantization("stem.output", known))
-
-    def quantized_convolution(self, name: str, x: str, known: Quantization, layer: Convolution) -> tuple[str, Quantization]:
-        """A convolution of bytes to bytes; `known` and what is returned beside the name are scale and zero point."""
-        weight, weight_scale = symmetric_int8(layer.weight, axis=(1, 2, 3), at_least=bias_scale(layer.bias, known[0]))
-        bias = quantized_bias(layer.bias, known[0] * weight_scale)
-        output = self.ranges[name].scale_and_zero_point()
-        x = self.node(
-            "QLinearConv",
-            x,
-            *self.quantization(f"{name}.input", known),
-            self.weight(f"{name}.weight", weight),
-            self.weight(f"{name}.weight_scale", weight_scale),
-            self.weight(f"{name}.weight_zero_point", np.zeros(len(weight), dtype=np.int8)),
-            *self.quantization(f"{name}.output", output),
-            self.weight(f"{name}.bias", bias),
-            **layer.attributes(),
-        )
-        return x, output
 
     def block(self, module: Block, name: str, tokens: _Tokens, config: ViTConfig, *, prefix_only: bool = False) -> _Tokens:
         """Tokens -> tokens; `prefix_only` gives those in front of the patches alone, exactly as they would be among all."""
@@ -375,9 +280,3 @@ class _VitGraph(GraphWriter):
 def _matrix(module: nn.Linear) -> tuple[Array, Array]:
     """Weight as (in, out) and bias of a linear layer."""
     return module.weight.detach().numpy().T, module.bias.detach().numpy()
-
-
-def _vector(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise TypeError("the patch projection has no bias")
-    return value

@@ -4,7 +4,7 @@ Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021; pre-norm blocks, l
 Departures, chosen by the configuration:
 
 - `stem`: a few 3 x 3 convolutions instead of one large patch projection (Xiao et al., Early Convolutions Help Transformers
-  See Better, NeurIPS 2021). It learns faster from small images.
+  See Better, NeurIPS 2021), with max pooling where they use strides. It learns faster from small images.
 - `pooling="cls_dist"`: a distillation token beside the class token, a classifier on each and their mean as the answer (Touvron
   et al., DeiT, ICML 2021). Here it is one linear layer over both tokens, which is the same.
 - `pooling="mean"`: the heads see the mean of the patch tokens and there is no class token (as in section D.3 of the paper).
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,6 +31,16 @@ from models.learned_pruning import LearnedPruning
 from models.token_reduction import TokenReduction
 
 LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class StemLayer:
+    """A convolution, the largest value of each window behind it, batch norm and ReLU."""
+
+    channels: int
+    pool: int = 1  # side of the window; 1: none
+    residual: bool = False  # what goes in is added to what comes out
+    side: int = 3  # of the kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ class ViTConfig:
     class_depth: int = 0  # blocks of class attention in a head
     talking_heads: bool = False
     norm_eps: float = LAYER_NORM_EPS
-    stem: tuple[tuple[int, int], ...] = ()  # (channels, stride) of each 3 x 3 convolution; none: one projection per patch
+    stem: tuple[StemLayer, ...] = ()  # none: one projection per patch
     attention: Literal["softmax", "linformer", "performer", "nystromformer"] = "softmax"
     attention_rank: int = 0  # of the last three: how many mixtures, features or landmarks
     num_predictors: int = 0  # of which patches are worth keeping, where they were trained with the network
@@ -59,11 +70,16 @@ class ViTConfig:
             raise ValueError(f"{self.attention} attention has no weights that heads could talk about")
         if (self.attention == "softmax") != (self.attention_rank == 0):
             raise ValueError(f"attention_rank {self.attention_rank} does not go with {self.attention} attention")
-        strides = math.prod(stride for _, stride in self.stem)
-        if self.stem and (self.stem[-1][0] != self.width or strides != self.patch_size):
+        reduced = math.prod(layer.pool for layer in self.stem)
+        if self.stem and (self.stem[-1].channels != self.width or reduced != self.patch_size):
             raise ValueError(
-                f"the stem {self.stem} must end at {self.width} channels, and its strides multiply to {self.patch_size}"
+                f"the stem {self.stem} must end at {self.width} channels, and its pools multiply to {self.patch_size}"
             )
+        for before, layer in pairwise((StemLayer(3), *self.stem)):
+            if layer.residual and (layer.channels, layer.pool) != (before.channels, 1):
+                raise ValueError(f"{layer} is added to what it gets: {before.channels} channels, of the same size")
+            if layer.side % 2 == 0:
+                raise ValueError(f"{layer} would change the size of what it gets: kernels have odd sides")
 
     @property
     def num_patches(self) -> int:
@@ -96,19 +112,36 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+class ConvLayer(nn.Module):
+    """Features (B, C, h, w) -> (B, C', h / pool, w / pool), as `StemLayer` says.
+
+    The window comes before the norm, which then has less to do (Page, How to Train Your ResNet, 2018). Where there is one, the
+    norm's scale is not trained: while it is positive the norm can be folded into the convolution, since the largest stays the
+    largest.
+    """
+
+    def __init__(self, in_channels: int, layer: StemLayer) -> None:
+        super().__init__()
+        self.pool, self.residual = layer.pool, layer.residual
+        self.conv = nn.Conv2d(in_channels, layer.channels, layer.side, padding=layer.side // 2, bias=False)
+        self.norm = nn.BatchNorm2d(layer.channels)
+        self.norm.weight.requires_grad_(layer.pool == 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        if self.pool > 1:
+            features = F.max_pool2d(features, self.pool)
+        features = F.relu(self.norm(features))
+        return x + features if self.residual else features
+
+
 class ConvStem(nn.Module):
-    """Image (B, 3, H, W) -> tokens (B, N, D) by 3 x 3 convolutions, each with batch norm and ReLU."""
+    """Image (B, 3, H, W) -> tokens (B, N, D) by convolutions."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        in_channels = 3
-        for out_channels, stride in config.stem:
-            layers.append(nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False))
-            layers.append(nn.BatchNorm2d(out_channels))
-            layers.append(nn.ReLU())
-            in_channels = out_channels
-        self.layers = nn.Sequential(*layers)
+        channels = (3, *(layer.channels for layer in config.stem))
+        self.layers = nn.Sequential(*(ConvLayer(c, layer) for c, layer in zip(channels, config.stem, strict=False)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]

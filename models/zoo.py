@@ -8,7 +8,7 @@ import torch
 
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
-from models.vit import ViTConfig
+from models.vit import StemLayer, ViTConfig
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Close to CIFAR-10's own (0.491, 0.482, 0.447 and 0.247, 0.244, 0.262). The mean is a byte's value, so that an INT8 graph takes
@@ -39,8 +39,8 @@ def _cifar10_preprocess(size: int) -> PreprocessSpec:
 
 
 ZOO: dict[str, ZooEntry] = {
-    # The embedded default model: seven convolutions to 64 tokens, then six blocks. The first exit is behind the first block,
-    # since the stem costs as much as two, so that each stage has about a third of the work.
+    # The embedded default model: six convolutions to 64 tokens, then six blocks. The first exit is behind the first block,
+    # since the stem costs as much as five.
     "vit_cifar10": ZooEntry(
         config=ViTConfig(
             image_size=32,
@@ -49,9 +49,16 @@ ZOO: dict[str, ZooEntry] = {
             depth=6,
             num_heads=3,
             num_classes=10,
-            mlp_ratio=2.0,
+            mlp_ratio=1.5,
             pooling="mean",
-            stem=((32, 1), (64, 2), (64, 1), (64, 1), (128, 2), (128, 1), (192, 1)),
+            stem=(
+                StemLayer(32),
+                StemLayer(64, pool=2),
+                StemLayer(64, residual=True),
+                StemLayer(256, pool=2),
+                StemLayer(256, residual=True),
+                StemLayer(192, side=1),
+            ),
         ),
         boundaries=(1, 3, 6),
         preprocess=_cifar10_preprocess(32),

@@ -15,15 +15,15 @@ from models.training.config import PretrainedTeacherConfig, RunConfig, StudentCo
 from models.training.data import Split, join, load, read_photos, to_tensor, write_held_out
 from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
-from models.training.teacher import PretrainedTeacher
-from models.training.views import Views, store_views
+from models.training.soft_labels import soft_labels
+from models.training.teacher import PretrainedTeacher, start_stem
 from models.training.whitening import whiten
 from models.vit_state import num_heads_of
 from models.weights import WeightsError, load_state_dict, sha256_of
 from models.zoo import ZOO, ZooEntry
 
 HELD_OUT = "held_out.zip"
-VIEWS = "views"
+ANSWERS = "answers"
 WHITENING_IMAGES = 4000
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
@@ -55,24 +55,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         first_stage_epochs=arguments.first_stage_epochs,
         learning_rate=arguments.learning_rate,
         augment=StudentConfig().augment.rarer(arguments.augmentation),
-        stored_views=arguments.stored_views,
+        stem_from="" if arguments.stem_from is None else sha256_of(arguments.stem_from),
+        stored_answers=arguments.stored_answers,
         seed=arguments.seed,
         taught_by=taught_by,
         started_from="" if arguments.start_from is None else sha256_of(arguments.start_from),
     )
-    views: Views | None = None
-    if teacher is not None and student_config.stored_views:
-        views = store_views(data, teacher, student_config, arguments.run_dir / VIEWS)
+    answers = None
+    if teacher is not None and student_config.stored_answers:
+        answers = soft_labels(data, teacher, student_config, arguments.run_dir / ANSWERS)
     student = StudentLearner(student_config, entry, teacher)
     if arguments.start_from is not None:
         student.start_from(arguments.start_from)
     if student_config.first_stage_epochs:
         first_config = replace(student_config, epochs=student_config.first_stage_epochs)
         first = StudentLearner(first_config, entry, teacher, num_stages=1)
-        start_white(first, data)
-        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage", views)
+        if arguments.stem_from is None:
+            start_white(first, data)
+        else:
+            start_stem(first.model, arguments.stem_from)
+        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage", answers)
         student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
-    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model, views)
+    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model, answers)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
 
@@ -123,10 +127,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the network's images, how many times as many are changed as by default; 0.3 suits a last, short run",
     )
     parser.add_argument(
-        "--stored-views",
+        "--stem-from",
+        type=Path,
+        help="the convolutional teacher's checkpoint.pt of another run: the stem starts from its groups",
+    )
+    parser.add_argument(
+        "--stored-answers",
         type=int,
-        default=student_config.stored_views,
-        help="augmented views of each image, shown to the teacher once and used in turn; 0 shows it every image every time",
+        default=student_config.stored_answers,
+        help="ask the teacher about so many views of each image before the training, not in every step; 0: in every step",
     )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
@@ -134,10 +143,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
     if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
         parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
-    if arguments.stored_views < 0:
-        parser.error("--stored-views is a number of views, or 0")
-    if arguments.stored_views and arguments.teacher_epochs == 0:
-        parser.error("--stored-views keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
+    if arguments.stored_answers < 0:
+        parser.error("--stored-answers is a number of views, or 0")
+    if arguments.stored_answers and arguments.teacher_epochs == 0:
+        parser.error("--stored-answers keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
     if not 0 <= arguments.augmentation <= 1:
         parser.error("--augmentation is a factor between 0 and 1")
     if arguments.start_from is not None:

@@ -62,5 +62,6 @@ class StudentConfig(RunConfig):
     exit_weights: tuple[float, ...] = (0.6, 0.8, 1.0)  # of each exit's loss, first to last
     taught_by: str = "a convolutional network"
     started_from: str = ""  # SHA-256 of another run's checkpoint, if any
-    stored_views: int = 0  # of each image, with the teacher's answers, used in turn; none: drawn, and asked about, every time
+    stem_from: str = ""  # SHA-256 of the convolutional network's checkpoint whose first groups the stem starts from, if any
+    stored_answers: int = 0  # of the teacher, to views of each image, whose mean is its label; 0: it is asked in every step
     distillation: float = 0.7  # share of the teacher in an exit's loss; the labels have the rest

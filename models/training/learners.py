@@ -89,6 +89,7 @@ class StudentLearner:
     def loss(self, logits: list[Tensor], x: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         """Weighted sum over the exits of the mean over the batch; `taught` is what the teacher said, if it was asked before."""
         config = self._config
+        from_outside = taught is not None or self._teacher is not None
         if taught is None:
             taught = self._teach(x) if self._teacher is not None else logits[-1].detach().softmax(dim=1)
         # Nothing is to be learned from a teacher that is wrong: there the labels have all of the loss.
@@ -96,7 +97,7 @@ class StudentLearner:
         total = x.new_zeros(())
         for index, (weight, exit_logits) in enumerate(zip(config.exit_weights[: len(logits)], logits, strict=True)):
             loss = F.cross_entropy(exit_logits, targets, label_smoothing=config.label_smoothing, reduction="none")
-            if self._teacher is not None or index < len(logits) - 1:
+            if from_outside or index < len(logits) - 1:
                 divergence = F.kl_div(F.log_softmax(exit_logits, dim=1), taught, reduction="none").sum(dim=1)
                 loss = (1 - share) * loss + share * divergence
             total = total + weight * loss.mean()

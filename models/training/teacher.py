@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.training.config import PretrainedTeacherConfig
+from models.vit import ConvLayer, ConvStem
 from models.vit_state import Told, network_of, width_of
 
 CHANNELS = (64, 256, 256)  # of the three groups
@@ -54,6 +56,33 @@ class ConvTeacher(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.amax(self.groups(self.stem(x)), dim=(2, 3))
         return self.fc(x) * LOGIT_SCALE  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def start_stem(model: nn.Module, checkpoint: Path) -> None:
+    """Give a network's convolutional stem the weights of a `ConvTeacher`'s first groups, as many as it has layers for.
+
+    Its activation is another (ReLU, for INT8), so that it has to be trained on; what convolutions see they know already.
+
+    Raises:
+        ValueError: the stem has no layer that fits, or none at all.
+    """
+    stems = [module for module in model.modules() if isinstance(module, ConvStem)]
+    if not stems:
+        raise ValueError("the network has no convolutional stem to start")
+    given: dict[str, Tensor] = torch.load(checkpoint, weights_only=True)["model"]
+    convolutions = [name.removesuffix(".weight") for name, value in given.items() if value.ndim == 4]
+    norms = [name.removesuffix(".running_mean") for name in given if name.endswith(".running_mean")]
+    parts = [(conv, norm) for conv, norm in zip(convolutions, norms, strict=True)]
+    started = 0
+    for layer, (conv, norm) in zip(stems[0].layers, parts, strict=False):
+        if not isinstance(layer, ConvLayer) or layer.conv.weight.shape != given[f"{conv}.weight"].shape:
+            break
+        layer.conv.weight.copy_(given[f"{conv}.weight"])
+        layer.norm.load_state_dict({name: given[f"{norm}.{name}"] for name in layer.norm.state_dict()})
+        started += 1
+    if not started:
+        raise ValueError(f"no layer of the stem is like the first of {checkpoint.name}")
 
 
 class PretrainedTeacher(nn.Module):

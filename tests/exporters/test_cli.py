@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
-from exporters import recipe
+from exporters import cli, recipe
 from exporters.cli import app as exporter
+from exporters.config import ExportConfig, QuantizationConfig
 from exporters.published import one_thread
 from models.manifest import ModelManifest
 from models.zoo import CIFAR10_LABELS
@@ -340,3 +341,19 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_p
     again = CliRunner().invoke(exporter, [*arguments, "--test", str(inputs / "images")])
     assert again.exit_code == 1
     assert "version 1 is already published" in again.output
+
+
+def test_what_int8_is_asked_for_reaches_the_export_and_the_card(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said only where it is not what is asked for anyway."""
+    seen: list[ExportConfig] = []
+    monkeypatch.setattr(cli, "_publish", lambda _, config: seen.append(config))
+    arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+    for further in ([], ["--target-agreement", "99.5", "--max-fp32-layers", "12"]):
+        assert CliRunner().invoke(exporter, [*arguments, *further]).exit_code == 0
+
+    usual, asked = seen
+    assert usual.quantization == QuantizationConfig()
+    assert "agreement" not in usual.command
+    assert (asked.quantization.target_agreement, asked.quantization.max_fp32_layers) == (0.995, 12)
+    assert "--target-agreement 99.5 --max-fp32-layers 12" in asked.command

@@ -16,14 +16,15 @@ from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
 from exporters.sensitivity import every_exit
 from exporters.staging import stage_specs
-from exporters.stem import folded_patches
+from exporters.stem import PATCH_EMBED, folded_patches
 from exporters.validation import normalised
 from exporters.vit_export import stage_graphs
-from exporters.vit_graph import PATCH_EMBED
 from models.manifest import PIXELS
 from models.multi_exit import MultiExitViT
 from models.token_reduction import METHODS, TokenReduction
+from models.vit import ConvLayer
 from models.zoo import ZOO, create_model
+from tests.images import plain_patches
 
 
 def trained(name: str) -> MultiExitViT:
@@ -188,6 +189,15 @@ def test_an_int8_stem_pads_with_what_is_zero_to_the_network() -> None:
     assert features.max() > 0
 
 
+def test_a_gain_behind_a_window_must_be_positive() -> None:
+    """Else the largest of a window would become the smallest, and another graph would be written."""
+    model = create_model("vit_cifar10").eval()
+    pooled = next(module for module in model.modules() if isinstance(module, ConvLayer) and module.pool > 1)
+    torch.nn.init.constant_(pooled.norm.weight[3], -1.0)
+    with pytest.raises(ValueError, match="a gain that is not positive"):
+        stage_graphs(model, ZOO["vit_cifar10"].preprocess)
+
+
 REDUCED = {0: 12, 1: 9, 3: 6, 5: 4}  # blocks and how many of 16 patches are left; two within a stage, one at its end
 
 
@@ -227,7 +237,7 @@ def test_reduced_tokens_equal_pytorch(method: str, batch_size: int) -> None:
 def test_merging_without_a_class_token_equals_pytorch() -> None:
     """As in the embedded model, whose head sees the mean."""
     model, spec = reduced("vit_cifar10", "tome", {0: 50, 2: 31, 5: 20}), ZOO["vit_cifar10"].preprocess
-    pixels = golden_images(spec)
+    pixels = plain_patches(3, across=8, side=4)  # no two pairs of patches are nearly as alike
     with torch.no_grad():
         expected = model(normalised(pixels, spec))
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.vit import Attention, Block, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
+from models.vit import Attention, Block, ConvLayer, ConvStem, Embedding, Head, PatchEmbed, StemLayer, ViTConfig
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, width=48, depth=2, num_heads=3, num_classes=7)
 
@@ -61,19 +61,44 @@ def test_patch_embedding_sees_each_patch_alone() -> None:
 
 @pytest.mark.parametrize(("patch_size", "tokens"), [(2, 256), (4, 64), (8, 16)])
 def test_conv_stem_gives_one_token_per_patch(patch_size: int, tokens: int) -> None:
-    """Its strides multiply to the patch size."""
+    """Its pools multiply to the patch size."""
     halvings = patch_size.bit_length() - 1
-    config = ViTConfig(32, patch_size, 64, 2, 4, 10, stem=((16, 1), *[(64, 2)] * halvings), pooling="mean")
+    stem = (StemLayer(16), *[StemLayer(64, pool=2)] * halvings)
+    config = ViTConfig(32, patch_size, 64, 2, 4, 10, stem=stem, pooling="mean")
 
     assert (1, tokens, 64) == tuple(ConvStem(config).eval()(torch.zeros(1, 3, 32, 32)).shape)
     assert tokens == config.num_tokens
 
 
-@pytest.mark.parametrize("stem", [((32, 2), (48, 2)), ((32, 2), (64, 4))], ids=["channels", "strides"])
-def test_conv_stem_that_does_not_lead_to_the_blocks_is_refused(stem: tuple[tuple[int, int], ...]) -> None:
-    """Its last channels are the width, its strides multiply to the patch size."""
-    with pytest.raises(ValueError, match="must end at 64 channels, and its strides multiply to 4"):
-        ViTConfig(32, 4, 64, 2, 4, 10, stem=stem)
+@pytest.mark.parametrize(("channels", "pool"), [(48, 2), (64, 4)])
+def test_conv_stem_that_does_not_lead_to_the_blocks_is_refused(channels: int, pool: int) -> None:
+    """Its last channels are the width, its pools multiply to the patch size."""
+    with pytest.raises(ValueError, match="must end at 64 channels, and its pools multiply to 4"):
+        ViTConfig(32, 4, 64, 2, 4, 10, stem=(StemLayer(32, pool=2), StemLayer(channels, pool)))
+
+
+def test_layers_of_a_stem_that_cannot_be_are_refused() -> None:
+    """What is added must be alike, and a kernel has a middle."""
+    for layer, reason in (
+        (StemLayer(64, residual=True), "is added to what it gets: 32 channels, of the same size"),
+        (StemLayer(32, pool=2, residual=True), "is added to what it gets"),
+        (StemLayer(32, side=2), "kernels have odd sides"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            ViTConfig(32, 4, 64, 2, 4, 10, stem=(StemLayer(32), layer, StemLayer(64, pool=4 // layer.pool)))
+
+
+def test_a_layer_of_a_stem_is_what_it_says() -> None:
+    """Convolution, largest of each window, batch norm, ReLU; added to what goes in where it is residual."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 8, 8)
+    pooled, residual = ConvLayer(6, StemLayer(5, pool=2)).eval(), ConvLayer(6, StemLayer(6, residual=True, side=1)).eval()
+
+    windows = torch.nn.functional.conv2d(x, pooled.conv.weight, padding=1).unfold(2, 2, 2).unfold(3, 2, 2)
+    torch.testing.assert_close(pooled(x), (windows.amax(dim=(4, 5)) / (1 + pooled.norm.eps) ** 0.5).clamp(min=0))
+    mixed = torch.einsum("bihw,oi->bohw", x, residual.conv.weight[:, :, 0, 0])
+    torch.testing.assert_close(residual(x), x + (mixed / (1 + residual.norm.eps) ** 0.5).clamp(min=0))
+    assert not pooled.norm.weight.requires_grad
 
 
 def test_class_token_comes_first_and_only_where_the_head_uses_it() -> None:

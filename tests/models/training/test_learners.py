@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from models.training.config import PretrainedTeacherConfig, StudentConfig, TeacherConfig
 from models.training.learners import StudentLearner, TeacherLearner
-from models.training.teacher import ConvTeacher, PretrainedTeacher
-from models.zoo import ZOO
+from models.training.teacher import ConvTeacher, PretrainedTeacher, start_stem
+from models.zoo import ZOO, create_model
 from tests.checkpoints import checkpoint
 
 ENTRY = ZOO["test_vit"]
@@ -36,12 +37,38 @@ def test_the_teacher_gives_logits_of_any_even_image_size() -> None:
     assert teacher(torch.zeros(2, 3, 64, 48)).shape == (2, 7)
 
 
+def test_a_stem_starts_from_the_convolutional_networks_groups(tmp_path: Path) -> None:
+    """With its weights, and ReLU instead of GELU, each layer of the stem gives what that network's gives."""
+    torch.manual_seed(0)
+    teacher = ConvTeacher(10).eval()
+    for norm in (module for module in teacher.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+        torch.nn.init.normal_(norm.bias)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "checkpoint.pt")
+    network = create_model("vit_cifar10").eval()
+
+    start_stem(network, tmp_path / "checkpoint.pt")
+
+    for group in (teacher, *teacher.groups):
+        for part in (group.stem,) if isinstance(group, ConvTeacher) else (group.reduce, group.residual):
+            part[-1] = torch.nn.ReLU()
+    x = torch.randn(2, 3, 32, 32)
+    stem = network.stages[0].embedding.patch_embed
+    torch.testing.assert_close(stem.layers[:5](x), teacher.groups[:2](teacher.stem(x)))
+    with pytest.raises(ValueError, match="no convolutional stem"):
+        start_stem(create_model("test_vit"), tmp_path / "checkpoint.pt")
+    torch.save({"model": {"conv.weight": torch.zeros(7, 3, 3, 3), "norm.running_mean": torch.zeros(7)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no layer of the stem is like the first of"):
+        start_stem(network, tmp_path / "other.pt")
+
+
 def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay() -> None:
     """Kernels and matrices of blocks go to Muon, everything else to AdamW; none is left out or taken twice."""
     learner = StudentLearner(replace(CONFIG, model="vit_cifar10"), ZOO["vit_cifar10"], None)
     taken = [p.data_ptr() for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    assert sorted(taken) == sorted(p.data_ptr() for p in learner.model.parameters())
+    assert sorted(taken) == sorted(p.data_ptr() for p in learner.model.parameters())  # one that is not trained has no gradient
     names = {p.data_ptr(): name for name, p in learner.model.named_parameters()}
     kernels = {p.data_ptr() for p in learner.model.parameters() if p.ndim == 4 and p.shape[1] > 3}
     assert len(kernels) == len(ZOO["vit_cifar10"].config.stem) - 1

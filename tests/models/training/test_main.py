@@ -80,7 +80,7 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
         main([*arguments, "--teacher-config", str(told), "--teacher-epochs", "0"])
     assert "leaves no teacher" in capsys.readouterr().err
 
-    main([*arguments, "--teacher-config", str(told), "--stored-views", "1"])
+    main([*arguments, "--teacher-config", str(told), "--stored-answers", "1"])
 
     config = json.loads((data / "run" / "teacher" / "config.json").read_text())
     assert (config["muon"], config["num_heads"], config["mean"]) == (False, 4, [0.5, 0.5, 0.5])
@@ -88,9 +88,9 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
     taught = json.loads((data / "run" / "network" / "config.json").read_text())["taught_by"]
     assert taught == f"a Vision Transformer, {sha256_of(weights)[:16]}"
     assert "teacher, test top-1" in capsys.readouterr().out
-    assert len(np.load(data / "run" / "views" / "0.answers.npy")) == 130  # 14 of each class but one, held out
+    assert len(np.load(data / "run" / "answers" / "0.answers.npy")) == 130  # 14 of each class but one, held out
     with pytest.raises(SystemExit):
-        main([*arguments[:-2], "--stored-views", "1", "--teacher-epochs", "0"])
+        main([*arguments[:-2], "--stored-answers", "1", "--teacher-epochs", "0"])
     assert "leaves no teacher" in capsys.readouterr().err
     other, _ = write_checkpoint(data, checkpoint(layer_scale=True))
     with pytest.raises(ValueError, match="teacher holds a run with another weights_sha256"):
