@@ -19,6 +19,7 @@ from app.errors import ServiceError
 from exporters.config import ExitConfig, ExportConfig, QuantizationConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import ImageSetError, classes_by_folder
+from exporters.model_card import exits_cost_more
 from exporters.plan import plan
 from exporters.progress import ConsoleProgress
 from exporters.published import from_report, print_tables, remeasure
@@ -204,7 +205,10 @@ def _told(console: Console) -> Iterator[None]:
 def _publish(console: Console, config: ExportConfig) -> None:
     with ConsoleProgress.on(console) as progress:
         directory = run(config, progress)
-    print_tables(console, from_report(directory))
+    found = from_report(directory)
+    print_tables(console, found)
+    if warning := exits_cost_more(found.variants, config.exits.max_accuracy_drop):
+        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
     console.print(f"published {directory}", soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ at its last exit and without token reduction.
 """
 
 NAMED_CLASSES = 20
+NEWLINE = "\n"
 
 
 def model_card(
@@ -69,6 +70,7 @@ def model_card(
         [[name, *(percent(value) for value in figures["ece_by_exit"])] for name, figures in variants.items()],
     )
     last, figures = list(variants.items())[-1]
+    warning = exits_cost_more(variants, config.exits.max_accuracy_drop)
     return f"""# {manifest.name}, version {manifest.version}
 
 {_stages(len(stages))}, {_classes(labels)}.
@@ -95,7 +97,7 @@ fitting images.
 ## Where images leave, and what it saves
 
 {routing}
-
+{f"{NEWLINE}**{warning}**{NEWLINE}" if warning else ""}
 Stage costs: {", ".join(f"{value:.4f}" for value in report["gmacs_by_stage"])} GMACs per image. Milliseconds are medians
 of one thread at batch 8, survivors batched anew, on the machine that exported ({report["machine"]}); measure on yours.
 
@@ -156,8 +158,30 @@ def milliseconds(times: Mapping[str, float]) -> str:
 
 
 def by_class(figures: Mapping[str, Any], labels: Sequence[str]) -> str:
-    """The accuracy of each class that had images."""
-    return ", ".join(f"{labels[int(index)]} {percent(value)}" for index, value in figures["top1_by_class"].items())
+    """The accuracy of each class that had images; of the weakest alone where there are many."""
+    classes: list[tuple[str, float]] = list(figures["top1_by_class"].items())
+    said = "" if len(classes) <= NAMED_CLASSES else f"the {NAMED_CLASSES} weakest of {len(classes)}: "
+    if said:
+        classes = sorted(classes, key=lambda each: each[1])[:NAMED_CLASSES]
+    return said + ", ".join(f"{labels[int(index)]} {percent(value)}" for index, value in classes)
+
+
+def exits_cost_more(variants: Mapping[str, Any], allowed: float) -> str:
+    """A sentence where leaving early costs surely more on the test images than on those it was fitted on; else nothing.
+
+    Args:
+        variants: of a report.
+        allowed: share of right answers that exits were allowed to cost.
+    """
+    losses = {name: figures["operating_point"]["loss_against_full_depth"] for name, figures in variants.items()}
+    more = [f"{name} {points(loss)}" for name, loss in losses.items() if loss["top1"] - loss["within"] > allowed]
+    if not more:
+        return ""
+    return (
+        f"On the test images exits cost more than the {100 * allowed:.2g} points allowed on the fitting images "
+        f"({', '.join(more)}): the two are not alike. Fit on images like those that will be served, on more of them, or allow "
+        "less (--max-drop)."
+    )
 
 
 def mistakes(figures: Mapping[str, Any], labels: Sequence[str]) -> str:

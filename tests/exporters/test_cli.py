@@ -51,9 +51,11 @@ def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["exporters", *arguments])
+        patch.setattr(cli, "exits_cost_more", lambda variants, allowed: f"{', '.join(variants)} beyond {allowed}")
         result = CliRunner().invoke(exporter, arguments)
 
     assert result.exit_code == 0, result.output
+    assert "fp32 beyond 0.005" in result.output
     card = (tmp_path / "test_vit" / "3" / "MODEL_CARD.md").read_text()
     assert "twenty drawings" in card
     assert "| drawings again | 2 | fp32 |" in card
