@@ -79,6 +79,8 @@ class TransformersWholeSource:
             named = package().AutoConfig.from_pretrained(self.folder, local_files_only=True).id2label
         except (OSError, ValueError, KeyError) as error:
             raise SourceError(f"transformers does not know {self.folder.name}: {first_line(error)}") from error
+        if not named:  # some configurations of transformers have none by default
+            raise SourceError(f"{self.folder.name} names no classes: write id2label into its config.json")
         return tuple(named[number] for number in sorted(named))
 
 

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,11 +143,15 @@ def main() -> int:
             continue
         rows.append(row)
         console.print(row.markdown(), highlight=False)
+        _write(args.output, rows, missing)  # after each: it takes a quarter of an hour, and one may fail
+    return 1 if failed else 0
+
+
+def _write(output: Path, rows: Sequence[Row], missing: Sequence[str]) -> None:
     told = facts(ROOT) | {"Command": "`python -m tests.bench.families --images DIR`"}
     where = "\n".join(f"- {key}: {value}" for key, value in told.items())
     without = f"\nNot measured, their package was not there: {', '.join(missing)}.\n" if missing else ""
-    write_section(args.output, f"\n{where}\n\n{HEADER}\n" + "\n".join(row.markdown() for row in rows) + f"\n{without}\n")
-    return 1 if failed else 0
+    write_section(output, f"\n{where}\n\n{HEADER}\n" + "\n".join(row.markdown() for row in rows) + f"\n{without}\n")
 
 
 def _measured(name: str, exported: Exportable, spec: PreprocessSpec, parameters: int, images: Path) -> Row:
@@ -182,7 +186,7 @@ def _ours(width: int, heads: int) -> tuple[Exportable, PreprocessSpec, int]:
 
 def _theirs(folder: Path, name: str, images: Path) -> tuple[Exportable, PreprocessSpec, int]:
     configuration, processor = (make() for make in THEIRS[name])
-    configuration.num_labels = CLASSES
+    configuration.id2label = {number: f"class {number}" for number in range(CLASSES)}
     torch.manual_seed(0)
     model = getattr(t, type(configuration).__name__.replace("Config", "ForImageClassification"))(configuration)
     photos = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(images.rglob("*.*"))[::PHOTO_STEP][:NUM_PHOTOS]]
