@@ -149,5 +149,5 @@ def test_what_cannot_be_used_is_said(folder: Path, tmp_path: Path) -> None:
     nameless = tmp_path / "nameless"
     nameless.mkdir()
     (nameless / "config.json").write_text(json.dumps({"model_type": "pvt"}))  # whose configuration names none by default
-    with pytest.raises(SourceError, match="nameless names no classes: write id2label into its config.json"):
+    with pytest.raises(SourceError, match="nameless names no classes: write id2label into its config"):
         TransformersWholeSource(nameless).labels()
