@@ -17,7 +17,6 @@ at its last exit and without token reduction.
 """
 
 NAMED_CLASSES = 20
-NEWLINE = "\n"
 
 
 def model_card(
@@ -71,6 +70,7 @@ def model_card(
     )
     last, figures = list(variants.items())[-1]
     warning = exits_cost_more(variants, config.exits.max_accuracy_drop)
+    warned = f"\n**{warning}**\n" if warning else ""
     return f"""# {manifest.name}, version {manifest.version}
 
 {_stages(len(stages))}, {_classes(labels)}.
@@ -97,7 +97,7 @@ fitting images.
 ## Where images leave, and what it saves
 
 {routing}
-{f"{NEWLINE}**{warning}**{NEWLINE}" if warning else ""}
+{warned}
 Stage costs: {", ".join(f"{value:.4f}" for value in report["gmacs_by_stage"])} GMACs per image. Milliseconds are medians
 of one thread at batch 8, survivors batched anew, on the machine that exported ({report["machine"]}); measure on yours.
 
