@@ -39,8 +39,13 @@ def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], 
         inputs: dict[str, Array] = {PIXELS: pixels}
         for index in range(len(manifest.stages)):
             output = backend.run(index, inputs)
-            rounded: dict[str, Array] = {key: value.astype(np.float16) for key, value in output.state.items()}
+            rounded: dict[str, Array] = {key: _small(value) for key, value in output.state.items()}
             inputs = {key: value.astype(np.float32) for key, value in rounded.items()}
             arrays[golden_key(name, index, LOGITS)] = output.logits
             arrays |= {golden_key(name, index, key): value for key, value in rounded.items()}
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # its stub takes no mapping of arrays
+
+
+def _small(value: Array) -> Array:
+    """In float16, where it reaches so far."""
+    return value.astype(np.float16) if np.abs(value).max() <= np.finfo(np.float16).max else value

@@ -40,7 +40,7 @@ def _cifar10_preprocess(size: int) -> PreprocessSpec:
 
 ZOO: dict[str, ZooEntry] = {
     # The embedded default model: six convolutions to 64 tokens, then six blocks. The first exit is behind the first block,
-    # since the stem costs as much as five.
+    # since the stem costs as much as six.
     "vit_cifar10": ZooEntry(
         config=ViTConfig(
             image_size=32,

@@ -149,6 +149,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--stored-answers keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
     if not 0 <= arguments.augmentation <= 1:
         parser.error("--augmentation is a factor between 0 and 1")
+    if arguments.stem_from is not None:
+        if not arguments.stem_from.is_file():
+            parser.error(f"--stem-from: there is no {arguments.stem_from}")
+        if arguments.start_from is not None or not arguments.first_stage_epochs:
+            parser.error("--stem-from starts the first stage: not with --start-from, nor with --first-stage-epochs 0")
     if arguments.start_from is not None:
         if not arguments.start_from.is_file():
             parser.error(f"--start-from: there is no {arguments.start_from}")

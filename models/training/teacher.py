@@ -73,9 +73,8 @@ def start_stem(model: nn.Module, checkpoint: Path) -> None:
     given: dict[str, Tensor] = torch.load(checkpoint, weights_only=True)["model"]
     convolutions = [name.removesuffix(".weight") for name, value in given.items() if value.ndim == 4]
     norms = [name.removesuffix(".running_mean") for name in given if name.endswith(".running_mean")]
-    parts = [(conv, norm) for conv, norm in zip(convolutions, norms, strict=True)]
     started = 0
-    for layer, (conv, norm) in zip(stems[0].layers, parts, strict=False):
+    for layer, conv, norm in zip(stems[0].layers, convolutions, norms, strict=False):  # as far as both go
         if not isinstance(layer, ConvLayer) or layer.conv.weight.shape != given[f"{conv}.weight"].shape:
             break
         layer.conv.weight.copy_(given[f"{conv}.weight"])

@@ -105,6 +105,14 @@ def test_a_network_can_learn_on_from_another_run(data: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main([*arguments, "--run-dir", str(data / "second"), "--start-from", str(first.with_name("lost.pt"))])
     assert "there is no" in capsys.readouterr().err
+    for further, reason in (
+        (["--stem-from", str(first.with_name("lost.pt"))], "--stem-from: there is no"),
+        (["--stem-from", str(first), "--start-from", str(first)], "--stem-from starts the first stage"),
+        (["--stem-from", str(first), "--first-stage-epochs", "0"], "--stem-from starts the first stage"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--run-dir", str(data / "second"), *further])
+        assert reason in capsys.readouterr().err
 
     main(
         [
