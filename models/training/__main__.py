@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from models.training.config import PretrainedTeacherConfig, RunConfig, StudentConfig, TeacherConfig
-from models.training.data import Split, join, load, read_photos, to_tensor, write_held_out
+from models.training.data import Split, join, load, read_photos, read_unlabelled, to_tensor, write_held_out
 from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import CHECKPOINT, Learner, accuracy_per_exit, fit
-from models.training.soft_labels import soft_labels
 from models.training.teacher import PretrainedTeacher, start_stem
+from models.training.views import StoredViews, store_views
 from models.training.whitening import whiten
 from models.vit_state import num_heads_of
 from models.weights import WeightsError, load_state_dict, sha256_of
 from models.zoo import ZOO, ZooEntry
 
 HELD_OUT = "held_out.zip"
-ANSWERS = "answers"
+VIEWS, UNLABELLED_VIEWS = "views", "unlabelled"
 WHITENING_IMAGES = 4000
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.json")
 
@@ -56,14 +56,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rate=arguments.learning_rate,
         augment=StudentConfig().augment.rarer(arguments.augmentation),
         stem_from="" if arguments.stem_from is None else sha256_of(arguments.stem_from),
-        stored_answers=arguments.stored_answers,
+        distillation=arguments.distillation,
+        stored_views=arguments.stored_views,
+        unlabelled_per_batch=arguments.unlabelled_per_batch if arguments.unlabelled is not None else 0,
         seed=arguments.seed,
         taught_by=taught_by,
         started_from="" if arguments.start_from is None else sha256_of(arguments.start_from),
     )
-    answers = None
-    if teacher is not None and student_config.stored_answers:
-        answers = soft_labels(data, teacher, student_config, arguments.run_dir / ANSWERS)
+    stored = None
+    if teacher is not None and student_config.stored_views:
+        stored = _stored(arguments, student_config, entry, data, teacher)
     student = StudentLearner(student_config, entry, teacher)
     if arguments.start_from is not None:
         student.start_from(arguments.start_from)
@@ -74,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             start_white(first, data)
         else:
             start_stem(first.model, arguments.stem_from)
-        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage", answers)
+        fit(first, first_config, data, held_out, arguments.run_dir / "first_stage", "first stage", stored)
         student.start_from(arguments.run_dir / "first_stage" / CHECKPOINT)
-    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model, answers)
+    fit(student, student_config, data, held_out, arguments.run_dir / "network", arguments.model, stored)
     accuracies = accuracy_per_exit(student, test, bf16=False)
     print("test top-1 by exit: " + ", ".join(f"{100 * accuracy:.2f} %" for accuracy in accuracies))
 
@@ -132,10 +134,25 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the convolutional teacher's checkpoint.pt of another run: the stem starts from its groups",
     )
     parser.add_argument(
-        "--stored-answers",
+        "--distillation",
+        type=float,
+        default=student_config.distillation,
+        help=f"share of the teacher in the loss, where it is right; default {student_config.distillation}",
+    )
+    parser.add_argument(
+        "--stored-views",
         type=int,
-        default=student_config.stored_answers,
-        help="ask the teacher about so many views of each image before the training, not in every step; 0: in every step",
+        default=student_config.stored_views,
+        help="draw so many views of each image before the training and ask the teacher then; 0: new ones in every step",
+    )
+    parser.add_argument(
+        "--unlabelled",
+        type=Path,
+        help="with --stored-views, zip of <folder>/<file>: photographs of anything, to learn the teacher's answers of; folders "
+        "that are mapped to a class are passed over",
+    )
+    parser.add_argument(
+        "--unlabelled-per-batch", type=int, default=48, help="how many of them beside each batch's images; default 48"
     )
     parser.add_argument("--seed", type=int, default=student_config.seed)
     arguments = parser.parse_args(argv)
@@ -143,10 +160,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--teacher-weights and --teacher-config, timm's config.json, go together")
     if arguments.teacher_epochs == 0 and arguments.teacher_weights is not None:
         parser.error("--teacher-epochs 0 leaves no teacher, and --teacher-weights names one")
-    if arguments.stored_answers < 0:
-        parser.error("--stored-answers is a number of views, or 0")
-    if arguments.stored_answers and arguments.teacher_epochs == 0:
-        parser.error("--stored-answers keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
+    if arguments.stored_views < 0:
+        parser.error("--stored-views is a number of views, or 0")
+    if arguments.stored_views and arguments.teacher_epochs == 0:
+        parser.error("--stored-views keeps a teacher's answers, and --teacher-epochs 0 leaves no teacher")
+    if arguments.unlabelled is not None and not (arguments.stored_views and arguments.unlabelled_per_batch > 0):
+        parser.error("--unlabelled goes with --stored-views, and --unlabelled-per-batch is at least 1")
+    if not 0 <= arguments.distillation <= 1:
+        parser.error("--distillation is a share between 0 and 1")
     if not 0 <= arguments.augmentation <= 1:
         parser.error("--augmentation is a factor between 0 and 1")
     if arguments.stem_from is not None:
@@ -179,6 +200,20 @@ def _taught(arguments: argparse.Namespace, entry: ZooEntry, data: Split, held_ou
     fit(teacher, config, data, held_out, arguments.run_dir / "teacher", "teacher")
     teacher.load(arguments.run_dir / "teacher" / CHECKPOINT)
     return teacher, taught_by
+
+
+def _stored(
+    arguments: argparse.Namespace, config: StudentConfig, entry: ZooEntry, data: Split, teacher: TeacherLearner
+) -> StoredViews:
+    """Views of the training images, and one of each further photograph."""
+    views = store_views(data.images, teacher, config, arguments.run_dir / VIEWS, stored_views=config.stored_views)
+    if arguments.unlabelled is None:
+        return StoredViews(views)
+    classes = json.loads(arguments.photo_classes.read_text())
+    images = read_unlabelled(arguments.unlabelled, classes, entry.config.image_size)
+    print(f"{len(images)} photographs without a label")
+    further = store_views(images, teacher, config, arguments.run_dir / UNLABELLED_VIEWS, stored_views=1)
+    return StoredViews(views, further, config.unlabelled_per_batch)
 
 
 def pretrained_config(arguments: argparse.Namespace, state: dict[str, Tensor]) -> PretrainedTeacherConfig:

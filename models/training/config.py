@@ -63,5 +63,6 @@ class StudentConfig(RunConfig):
     taught_by: str = "a convolutional network"
     started_from: str = ""  # SHA-256 of another run's checkpoint, if any
     stem_from: str = ""  # SHA-256 of the convolutional network's checkpoint whose first groups the stem starts from, if any
-    stored_answers: int = 0  # of the teacher, to views of each image, whose mean is its label; 0: it is asked in every step
+    stored_views: int = 0  # of each image, looked at by the teacher before the training; 0: it is asked in every step
+    unlabelled_per_batch: int = 0  # beside its images: further photographs, of which only the teacher's answers are known
     distillation: float = 0.7  # share of the teacher in an exit's loss; the labels have the rest

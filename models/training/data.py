@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -62,12 +63,30 @@ def read_photos(path: Path, labels: Sequence[str], classes: Mapping[str, str], s
         for name in sorted(entry for entry in archive.namelist() if "/" in entry and not entry.endswith("/")):
             label = classes.get(name.split("/")[-2])
             if label is not None:
-                image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
-                images.append(np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)))
+                images.append(_read_photo(archive, name, side))
                 targets.append(labels.index(label))
     if not images:
         raise ValueError(f"{path.name} holds no photographs in a folder that is mapped to a class")
     return Split(np.stack(images), np.array(targets, dtype=np.int64))
+
+
+def read_unlabelled(path: Path, classes: Mapping[str, str], side: int) -> NDArray[np.uint8]:
+    """Those photographs of the zip file that `read_photos` passes over, reduced alike: uint8 (N, side, side, 3).
+
+    Raises:
+        ValueError: there are none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(entry for entry in archive.namelist() if "/" in entry and not entry.endswith("/"))
+        images = [_read_photo(archive, name, side) for name in names if name.split("/")[-2] not in classes]
+    if not images:
+        raise ValueError(f"{path.name} holds no photographs but those in folders that are mapped to a class")
+    return np.stack(images)
+
+
+def _read_photo(archive: zipfile.ZipFile, name: str, side: int) -> NDArray[np.uint8]:
+    image = Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC))
 
 
 def join(first: Split, second: Split) -> Split:

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -21,11 +20,19 @@ from models.training.augmentation import augment, cutmix
 from models.training.config import RunConfig
 from models.training.curves import draw_curves
 from models.training.data import Split, to_tensor
+from models.training.views import StoredViews
 
 CHECKPOINT, LOG, CONFIG, CURVES = "checkpoint.pt", "log.jsonl", "config.json", "curves.png"
 MAX_GRADIENT_NORM = 1.0
 # What runs did before it could be said.
-SINCE = {"muon": True, "taught_by": "a convolutional network", "started_from": "", "stem_from": "", "stored_answers": 0}
+SINCE: dict[str, object] = {
+    "muon": True,
+    "taught_by": "a convolutional network",
+    "started_from": "",
+    "stem_from": "",
+    "stored_views": 0,
+    "unlabelled_per_batch": 0,
+}
 RUNNING_MEAN = 0.98  # of what the progress bar shows
 
 
@@ -83,11 +90,11 @@ def fit(
     held_out: Split,
     run_dir: Path,
     name: str,
-    answers: NDArray[np.float32] | None = None,
+    stored: StoredViews | None = None,
 ) -> None:
     """Train, or go on where an interrupted run in the same directory stopped.
 
-    `answers` are a teacher's to the training images, class probabilities (N, C), where it was asked before.
+    Where a teacher was asked before, the `stored` views of the training images are seen instead of new ones.
 
     Writes `checkpoint.pt` after every epoch, `log.jsonl` (a line an epoch), `curves.png` and `config.json`.
 
@@ -99,7 +106,6 @@ def fit(
     learner.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stub
     images = torch.from_numpy(data.images).permute(0, 3, 1, 2)  # uint8 (N, 3, H, W), channels last in memory
     labels = torch.from_numpy(data.labels)
-    taught = None if answers is None else torch.from_numpy(answers)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (learner.mean, learner.std))
     steps_per_epoch = len(images) // config.batch_size
     total = steps_per_epoch * config.epochs
@@ -118,14 +124,15 @@ def fit(
             learner.model.train()
             for step in range(steps_per_epoch):
                 chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-                x = augment(images[chosen].float() / 255, config.augment, generator)
-                targets = F.one_hot(labels[chosen], learner.num_classes).float()
-                if taught is not None:
-                    targets = torch.cat([targets, taught[chosen]], dim=1)  # mixed alike
-                x, targets = cutmix(x, targets, config.augment.cutmix_probability, generator)
+                targets, taught = F.one_hot(labels[chosen], learner.num_classes).float(), None
+                if stored is None:
+                    x = augment(images[chosen].float() / 255, config.augment, generator)
+                    x, targets = cutmix(x, targets, config.augment.cutmix_probability, generator)
+                else:
+                    x, targets, taught = stored.batch(epoch, chosen, targets, generator)
                 x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
                 _set_learning_rate(learner, learning_rate_factor(epoch * steps_per_epoch + step, total, warmup))
-                loss, accuracy = _step(learner, x, targets, config)
+                loss, accuracy = _step(learner, x, targets, taught, config)
                 summed += loss
                 shown.add(loss, accuracy)
                 progress.update(task, advance=1, description=f"{name}, epoch {epoch + 1}/{config.epochs}, {shown}")
@@ -157,10 +164,8 @@ class _Running:
         return f"loss {self._loss:.3f}, top-1 {100 * self._accuracy:.1f} %"
 
 
-def _step(learner: Learner, x: Tensor, targets: Tensor, config: RunConfig) -> tuple[float, float]:
-    """One update; (loss, accuracy of the last exit on these augmented images). Behind the targets there may be a teacher's."""
-    taught = targets[:, learner.num_classes :] if targets.shape[1] > learner.num_classes else None
-    targets = targets[:, : learner.num_classes]
+def _step(learner: Learner, x: Tensor, targets: Tensor, taught: Tensor | None, config: RunConfig) -> tuple[float, float]:
+    """One update; (loss, accuracy of the last exit on these augmented images)."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
         logits = learner.logits(x)
     loss = learner.loss([exit_logits.float() for exit_logits in logits], x, targets, taught)

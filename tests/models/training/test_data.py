@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.training.data import hold_out, join, read_archive, read_photos, to_tensor, write_held_out
+from models.training.data import hold_out, join, read_archive, read_photos, read_unlabelled, to_tensor, write_held_out
 from models.zoo import CIFAR10_LABELS
 from tests.images import make_archive, make_jpeg, photo
 
@@ -60,6 +60,22 @@ def test_photographs_are_reduced_and_take_the_class_their_folder_is_mapped_to(tm
     assert [CIFAR10_LABELS.index("cat"), CIFAR10_LABELS.index("ship")] == split.labels.tolist()
     assert split.images.shape == (2, 32, 32, 3)
     assert (split.images[1] == (0, 0, 255)).all()
+
+
+def test_photographs_in_other_folders_are_unlabelled(tmp_path: Path) -> None:
+    """Those that are passed over otherwise, reduced alike; there must be some."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("n1/a.jpg", b"never read")
+        for name in ("n7/b.jpg", "n8/c.jpg"):
+            archive.writestr(name, make_jpeg(photo(64, 80)))
+
+    found = read_unlabelled(tmp_path / "photos.zip", {"n1": "cat"}, 32)
+
+    as_cats = read_photos(tmp_path / "photos.zip", CIFAR10_LABELS, {"n7": "cat", "n8": "cat"}, 32)
+    assert found.shape == (2, 32, 32, 3)
+    assert np.array_equal(found, as_cats.images)
+    with pytest.raises(ValueError, match="no photographs but those"):
+        read_unlabelled(tmp_path / "photos.zip", {"n1": "cat", "n7": "cat", "n8": "cat"}, 32)
 
 
 def test_photographs_of_unknown_classes_or_none_at_all_are_refused(tmp_path: Path) -> None:

@@ -80,18 +80,32 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
         main([*arguments, "--teacher-config", str(told), "--teacher-epochs", "0"])
     assert "leaves no teacher" in capsys.readouterr().err
 
-    main([*arguments, "--teacher-config", str(told), "--stored-answers", "1"])
+    with zipfile.ZipFile(data / "photos.zip", "w") as archive:
+        for folder in ("n02123045", "n07747607", "n07747607x"):  # a cat, and two that are no class of the model's
+            archive.writestr(f"{folder}/0.jpg", make_jpeg(photo(40, 50)))
+    further = ["--stored-views", "1", "--unlabelled", str(data / "photos.zip"), "--distillation", "0.9"]
+    main([*arguments, "--teacher-config", str(told), *further])
 
     config = json.loads((data / "run" / "teacher" / "config.json").read_text())
     assert (config["muon"], config["num_heads"], config["mean"]) == (False, 4, [0.5, 0.5, 0.5])
     assert config["weights_sha256"] == sha256_of(weights)
-    taught = json.loads((data / "run" / "network" / "config.json").read_text())["taught_by"]
-    assert taught == f"a Vision Transformer, {sha256_of(weights)[:16]}"
-    assert "teacher, test top-1" in capsys.readouterr().out
-    assert len(np.load(data / "run" / "answers" / "0.answers.npy")) == 130  # 14 of each class but one, held out
-    with pytest.raises(SystemExit):
-        main([*arguments[:-2], "--stored-answers", "1", "--teacher-epochs", "0"])
-    assert "leaves no teacher" in capsys.readouterr().err
+    network = json.loads((data / "run" / "network" / "config.json").read_text())
+    assert network["taught_by"] == f"a Vision Transformer, {sha256_of(weights)[:16]}"
+    assert (network["stored_views"], network["unlabelled_per_batch"], network["distillation"]) == (1, 48, 0.9)
+    printed = capsys.readouterr().out
+    assert "teacher, test top-1" in printed
+    assert "2 photographs without a label" in printed
+    assert len(np.load(data / "run" / "views" / "0.answers.npy")) == 130  # 14 of each class but one, held out
+    assert len(np.load(data / "run" / "unlabelled" / "0.answers.npy")) == 2
+    for wrong, reason in (
+        (["--stored-views", "1", "--teacher-epochs", "0"], "leaves no teacher"),
+        (["--stored-views", "-1"], "a number of views"),
+        (["--unlabelled", str(data / "photos.zip")], "goes with --stored-views"),
+        (["--distillation", "1.5"], "between 0 and 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*arguments[:-2], *wrong])
+        assert reason in capsys.readouterr().err
     other, _ = write_checkpoint(data, checkpoint(layer_scale=True))
     with pytest.raises(ValueError, match="teacher holds a run with another weights_sha256"):
         main([*arguments, "--teacher-config", str(told), "--teacher-weights", str(other)])
