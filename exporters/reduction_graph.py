@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from exporters.graph_writer import GraphWriter
+from models.slow_fast import REMEMBERED
 from models.token_reduction import CLUSTER_ROUNDS, TINY, TokenReduction
 
 
@@ -89,6 +90,48 @@ def take(graph: GraphWriter, x: str, index: str) -> str:
     return graph.node("GatherND", x, graph.node("Unsqueeze", index, graph.constant([-1])), batch_dims=1)
 
 
+@dataclass(frozen=True, slots=True)
+class SplitPatches:
+    """Names of what `models.slow_fast` computes and of what follows.
+
+    slow: (B, computed + 1, D); rest: (B, M - computed, D); known, unseen: their importance, (B, computed), (B, M - computed).
+    """
+
+    slow: str
+    rest: str
+    known: str
+    unseen: str
+
+
+def split_patches(graph: GraphWriter, patches: str, importance: str, computed: int, count: int) -> SplitPatches:
+    """Xu et al., AAAI 2022, section 3: the most important patches, one that stands for the others, and those.
+
+    Args:
+        graph: written to.
+        patches: (B, M, D).
+        importance: (B, M).
+        computed: how many patches go through the block.
+        count: M.
+    """
+    values, order = _sorted(graph, importance, count)
+    kept, rest = (take(graph, patches, graph.slice(order, *ends, axis=1)) for ends in ((0, computed), (computed, count)))
+    known, unseen = (graph.slice(values, *ends, axis=1) for ends in ((0, computed), (computed, count)))
+    slow = graph.node("Concat", kept, _average(graph, rest, unseen), axis=1)
+    return SplitPatches(slow, rest, known, unseen)
+
+
+def remembered(graph: GraphWriter, importance: str, seen: str) -> str:
+    """What a patch's importance is after a block that computed it, (B, k)."""
+    before = graph.node("Mul", importance, graph.scalar("remembered", REMEMBERED))
+    return graph.node("Add", before, graph.node("Mul", seen, graph.scalar("noticed", 1 - REMEMBERED)))
+
+
+def _average(graph: GraphWriter, tokens: str, score: str) -> str:
+    """Of tokens (B, r, D), weighted by score (B, r): (B, 1, D)."""
+    share = graph.node("Div", score, graph.node("ReduceSum", score, graph.constant([1]), keepdims=1))
+    return graph.node("MatMul", graph.node("Unsqueeze", share, graph.constant([1])), tokens)
+
+
 def _put(graph: GraphWriter, destinations: str, count: int) -> str:
     """One-hot rows as a product's left side, (B, count, r): a product exports everywhere, scattering does not."""
     values = graph.weight("zero_and_one", np.array([0, 1], dtype=np.float32))
@@ -136,9 +179,7 @@ def _fuse(graph: GraphWriter, patches: Patches, order: str, score: str, keep: in
     """Liang et al., ICLR 2022, section 3.2."""
     kept = graph.slice(order, 0, keep - 1, axis=1)
     rest = graph.slice(order, keep - 1, patches.count, axis=1)
-    share = graph.slice(score, keep - 1, patches.count, axis=1)
-    share = graph.node("Div", share, graph.node("ReduceSum", share, graph.constant([1]), keepdims=1))
-    fused = graph.node("MatMul", graph.node("Unsqueeze", share, graph.constant([1])), take(graph, patches.tokens, rest))
+    fused = _average(graph, take(graph, patches.tokens, rest), graph.slice(score, keep - 1, patches.count, axis=1))
     return graph.node("Concat", take(graph, patches.tokens, kept), fused, axis=1)
 
 

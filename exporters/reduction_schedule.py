@@ -10,6 +10,7 @@ from torch import nn
 
 from models.learned_pruning import LearnedPruning, TokenPredictor
 from models.multi_exit import MultiExitViT
+from models.slow_fast import EVO_VIT, SlowFast
 from models.token_reduction import METHODS, TokenReduction
 from models.vit import Block
 
@@ -24,6 +25,7 @@ class ScheduleError(ValueError):
 class ReductionSchedule:
     """A method, and how many tokens each block removes, from the first on.
 
+    With `evo_vit`, how many patches each block does not compute: they are all there again in the next.
     `up_to`: merging takes at most half of the tokens at once; a block that cannot give so many gives what it can.
     """
 
@@ -41,8 +43,8 @@ class ReductionSchedule:
             ScheduleError: it is none of these, or of another depth.
         """
         method, _, amounts = text.partition(":")
-        if method not in (*METHODS, LEARNED):
-            raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join((*METHODS, LEARNED))}")
+        if method not in (known := (*METHODS, LEARNED, EVO_VIT)):
+            raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join(known)}")
         try:
             if "@" in amounts:
                 removed = _at_blocks(method, amounts, depth, num_patches)
@@ -96,6 +98,8 @@ def wish_of(text: str) -> Wish | None:
     method, _, amount = text.partition(":")
     if not amount.endswith("%") and not amount.startswith(">"):
         return None
+    if method in (LEARNED, EVO_VIT):
+        raise ScheduleError(f"{method} is not searched for: say {method}:0.7@4,7,10")
     if method not in METHODS:
         raise ScheduleError(f"no token reduction called {method!r}; there are {', '.join(METHODS)}")
     try:
@@ -120,6 +124,9 @@ def _at_blocks(method: str, amounts: str, depth: int, num_patches: int) -> tuple
     for number in blocks:
         if not 1 <= number <= depth:
             raise ValueError(amounts)
+        if method == EVO_VIT:  # of all patches, in each of the blocks
+            removed[number - 1] = num_patches - math.ceil(float(share) * num_patches)
+            continue
         if method == LEARNED:  # of all patches each time, rounded down
             kept = int(num_patches * float(share) ** (1 + blocks.index(number)))
         else:  # EViT keeps the share, and one token more in which the others are fused.
@@ -145,7 +152,7 @@ def clear_schedule(model: MultiExitViT) -> None:
     for stage in model.stages:
         for block in stage.blocks:  # type: ignore[union-attr]  # ModuleLists
             if isinstance(block, Block):
-                block.reduction = block.pruning = None
+                block.reduction = block.pruning = block.slow_fast = None
 
 
 def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
@@ -156,6 +163,9 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
     """
     if model.config.attention != "softmax":
         raise ScheduleError(f"token reduction needs softmax attention, and the network has {model.config.attention}")
+    if schedule.method == EVO_VIT:
+        _apply_slow_fast(model, schedule)
+        return
     count, num_prefix = model.config.num_patches, model.config.num_prefix_tokens
     merges = schedule.method == "tome"
     blocks = [block for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]  # ModuleLists
@@ -182,6 +192,24 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
         except ValueError as error:
             raise ScheduleError(f"block {number}: {error}") from error
         count -= amount
+
+
+def _apply_slow_fast(model: MultiExitViT, schedule: ReductionSchedule) -> None:
+    """Every block from the one before the first that leaves patches out, which has to note how important each is."""
+    first = next((number for number, amount in enumerate(schedule.removed) if amount), None)
+    if first == 0:
+        raise ScheduleError(f"{EVO_VIT} needs a block before the first that leaves patches out, to see which matter")
+    for number, block in enumerate(block for stage in model.stages for block in stage.blocks):  # type: ignore[union-attr]
+        if first is None or number < first - 1:
+            continue
+        if not isinstance(block, Block):
+            raise ScheduleError(f"block {number} is a {type(block).__name__}")
+        left_out = schedule.removed[number]
+        try:
+            computed = model.config.num_patches - left_out if left_out else None
+            block.slow_fast = SlowFast(computed, model.config.num_prefix_tokens)
+        except ValueError as error:
+            raise ScheduleError(f"block {number}: {error}") from error
 
 
 def _pruning(predictor: nn.Module, keep: int, num_prefix: int, number: int) -> LearnedPruning:

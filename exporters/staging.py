@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporters.vit_graph import TokenCount, asks_for_prefix_only, sizes_name, tokens_name
+from exporters.vit_graph import Companion, TokenCount, asks_for_prefix_only, companion_name, tokens_name
 from models.efficient_attention import PINV_ROUNDS
 from models.manifest import BATCH, LOGITS, PreprocessSpec, StageSpec, TensorSpec
 from models.multi_exit import MultiExitViT, Stage
@@ -27,15 +27,19 @@ def blocks_of(stage: Stage) -> list[Block]:
 
 def token_counts(model: MultiExitViT) -> list[TokenCount]:
     """Behind the embedding, then behind each stage."""
-    count, sized = model.config.num_tokens, False
-    counts = [TokenCount(count, sized)]
+    count = model.config.num_tokens
+    companion: Companion = ""
+    counts = [TokenCount(count)]
     for stage in stages_of(model):
         for block in blocks_of(stage):
             if block.pruning is not None:
                 count = model.config.num_prefix_tokens + block.pruning.keep
             if block.reduction is not None:
-                count, sized = model.config.num_prefix_tokens + block.reduction.keep, block.reduction.tracks_sizes
-        counts.append(TokenCount(count, sized))
+                count = model.config.num_prefix_tokens + block.reduction.keep
+                companion = "sizes" if block.reduction.tracks_sizes else ""
+            if block.slow_fast is not None:
+                companion = "importance"
+        counts.append(TokenCount(count, companion))
     return counts
 
 
@@ -71,10 +75,13 @@ def stage_macs(stage: Stage, config: ViTConfig, count: int, *, last: bool) -> in
         if block.pruning is not None:
             macs += (count - num_prefix) * block.pruning.predictor.multiply_adds()
             count = num_prefix + block.pruning.keep
-        asking = num_prefix if prefix_only else count
-        macs += 2 * count * config.width**2 + asking * 2 * config.width**2 + _gather_macs(config, asking, count)
+        seen = count
+        if block.slow_fast is not None and block.slow_fast.computed is not None:
+            seen = num_prefix + block.slow_fast.computed + 1
+        asking = num_prefix if prefix_only else seen
+        macs += 2 * seen * config.width**2 + asking * 2 * config.width**2 + _gather_macs(config, asking, seen)
         if config.talking_heads:
-            macs += 2 * asking * count * config.num_heads**2
+            macs += 2 * asking * seen * config.num_heads**2
         if block.reduction is not None and not prefix_only:
             asking = count = num_prefix + block.reduction.keep
         macs += asking * 2 * config.width * config.hidden
@@ -111,6 +118,7 @@ def _stem_macs(config: ViTConfig) -> int:
 
 def _tokens(stage: int, tokens: TokenCount, config: ViTConfig) -> tuple[TensorSpec, ...]:
     x = TensorSpec(name=tokens_name(stage), dtype="float32", shape=(BATCH, tokens.count, config.width))
-    if not tokens.sized:
+    if not tokens.companion:
         return (x,)
-    return x, TensorSpec(name=sizes_name(stage), dtype="float32", shape=(BATCH, tokens.count, 1))
+    name = companion_name(tokens.companion, stage)
+    return x, TensorSpec(name=name, dtype="float32", shape=tokens.companion_shape(config))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,11 +19,12 @@ from torch import nn
 from app.types import Array
 from exporters.attention_graph import INT8_FROM_TOKENS, by_head, gather_tokens, mix, scores
 from exporters.graph_writer import IN_FP32, ActivationRange, GraphWriter, Shape
-from exporters.reduction_graph import Patches, reduce_patches, take, top_k
+from exporters.reduction_graph import Patches, reduce_patches, remembered, split_patches, take, top_k
 from exporters.stem import conv_stem, patch_projection
 from models.learned_pruning import LearnedPruning
 from models.manifest import BATCH, LOGITS, PIXELS, PreprocessSpec
 from models.multi_exit import Stage
+from models.slow_fast import SlowFast
 from models.vit import Block, ClassBlock, ConvStem, Embedding, Head, PatchEmbed, ViTConfig
 
 
@@ -31,17 +33,30 @@ def tokens_name(stage: int) -> str:
     return f"tokens_{stage}"
 
 
-def sizes_name(stage: int) -> str:
-    """How many patches each of them stands for, where that is tracked."""
-    return f"sizes_{stage}"
+def companion_name(companion: Companion, stage: int) -> str:
+    """What goes along with them, where something does."""
+    return f"{companion}_{stage}"
+
+
+# How many patches each token stands for (B, N, 1), or how much each patch matters (B, M); nothing.
+Companion = Literal["sizes", "importance", ""]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """How many tokens there are between two stages, and whether their sizes go along."""
+    """How many tokens there are between two stages, and what goes along with them."""
 
     count: int
-    sized: bool
+    companion: Companion = ""
+
+    def companion_shape(self, config: ViTConfig) -> Shape:
+        """ValueError where nothing goes along."""
+        match self.companion:
+            case "sizes":
+                return (BATCH, self.count, 1)
+            case "importance":
+                return (BATCH, self.count - config.num_prefix_tokens)
+        raise ValueError("nothing goes along with these tokens")
 
 
 def stage_graph(
@@ -71,7 +86,7 @@ def stage_graph(
     """
     graph = _VitGraph(ranges or {}, expose=expose)
     inputs: list[tuple[str, int, Shape]]
-    sizes = ""
+    along = {"sizes": "", "importance": ""}
     if stage.embedding is not None:
         x = graph.embed(stage.embedding, config, preprocess)
         kind = TensorProto.UINT8 if preprocess.layout == "uint8_nhwc" else TensorProto.FLOAT
@@ -79,10 +94,10 @@ def stage_graph(
     else:
         x = tokens_name(index - 1)
         inputs = [(x, TensorProto.FLOAT, (BATCH, entering.count, config.width))]
-        if entering.sized:
-            sizes = sizes_name(index - 1)
-            inputs.append((sizes, TensorProto.FLOAT, (BATCH, entering.count, 1)))
-    tokens = _Tokens(x, sizes, entering.count)
+        if entering.companion:
+            along[entering.companion] = companion_name(entering.companion, index - 1)
+            inputs.append((along[entering.companion], TensorProto.FLOAT, entering.companion_shape(config)))
+    tokens = _Tokens(x, along["sizes"], entering.count, along["importance"])
     for number, block in enumerate(stage.blocks):
         if not isinstance(block, Block):
             raise TypeError(f"no graph is known for a block of the kind {type(block).__name__}")
@@ -94,9 +109,10 @@ def stage_graph(
     if not last:
         graph.node("Identity", tokens.x, output=tokens_name(index))
         outputs.append((tokens_name(index), (BATCH, leaving.count, config.width)))
-        if leaving.sized:
-            graph.node("Identity", tokens.sizes, output=sizes_name(index))
-            outputs.append((sizes_name(index), (BATCH, leaving.count, 1)))
+        if leaving.companion:
+            name = companion_name(leaving.companion, index)
+            graph.node("Identity", getattr(tokens, leaving.companion), output=name)
+            outputs.append((name, leaving.companion_shape(config)))
     return graph.model(inputs, outputs)
 
 
@@ -107,11 +123,15 @@ def asks_for_prefix_only(config: ViTConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Names of tokens (B, N, D) and of their sizes (B, N, 1), "" where each stands for one patch; and N."""
+    """Names of tokens (B, N, D), of their sizes (B, N, 1), "" where each stands for one patch, and N.
+
+    importance: name of that of each patch (B, M), "" where no block has noted it.
+    """
 
     x: str
     sizes: str
     count: int
+    importance: str = ""
 
 
 class _VitGraph(GraphWriter):
@@ -140,6 +160,8 @@ class _VitGraph(GraphWriter):
     def block(self, module: Block, name: str, tokens: _Tokens, config: ViTConfig, *, prefix_only: bool = False) -> _Tokens:
         """Tokens -> tokens; `prefix_only` gives those in front of the patches alone, exactly as they would be among all."""
         num_prefix = config.num_prefix_tokens
+        if module.slow_fast is not None:
+            return self.slow_and_fast(module.slow_fast, module, name, tokens, config, prefix_only=prefix_only)
         if module.pruning is not None:
             tokens = self.prune(module.pruning, f"{name}.predictor", tokens)
         attended, patches = self.attention(module, f"{name}.attn", tokens, config, prefix_only=prefix_only)
@@ -154,10 +176,41 @@ class _VitGraph(GraphWriter):
                 pads = self.constant([0, num_prefix, 0, 0, 0, 0])
                 sizes = self.node("Pad", left_sizes, pads, self.scalar("one", 1)) if num_prefix else left_sizes
             count = num_prefix + module.reduction.keep
+        return _Tokens(self.mlp(module, name, x), sizes, count)
+
+    def mlp(self, module: Block, name: str, x: str) -> str:
+        """x + mlp(norm(x))."""
         hidden = self.norm(f"{name}.norm2", module.norm2, x)
         hidden = self.linear(f"{name}.mlp.fc1", hidden, *_matrix(module.mlp.fc1))
         hidden = self.node("Gelu", hidden, approximate="none")
-        return _Tokens(self.node("Add", x, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2))), sizes, count)
+        return self.node("Add", x, self.linear(f"{name}.mlp.fc2", hidden, *_matrix(module.mlp.fc2)))
+
+    def slow_and_fast(
+        self, slow_fast: SlowFast, module: Block, name: str, tokens: _Tokens, config: ViTConfig, *, prefix_only: bool
+    ) -> _Tokens:
+        """Tokens -> as many tokens, of which the most important went through the block; `models.slow_fast`."""
+        num_prefix, num_patches = config.num_prefix_tokens, tokens.count - config.num_prefix_tokens
+        before, rest, known, unseen = tokens, "", tokens.importance, ""
+        if slow_fast.computed is not None and tokens.importance:
+            patches = self.slice(tokens.x, num_prefix, tokens.count, axis=1)
+            split = split_patches(self, patches, tokens.importance, slow_fast.computed, num_patches)
+            rest, known, unseen = split.rest, split.known, split.unseen
+            x = self.node("Concat", self.slice(tokens.x, 0, num_prefix, axis=1), split.slow, axis=1)
+            before = _Tokens(x, "", num_prefix + slow_fast.computed + 1)
+        attended, patches_of = self.attention(module, f"{name}.attn", before, config, prefix_only=prefix_only)
+        x = self.slice(before.x, 0, num_prefix, axis=1) if prefix_only else before.x
+        after = self.mlp(module, name, self.node("Add", x, attended))
+        if prefix_only:
+            return _Tokens(after, "", num_prefix)
+        seen = patches_of(after).class_attention(self)
+        if not rest:
+            importance = remembered(self, known, seen) if known else seen
+            return _Tokens(after, "", tokens.count, importance)
+        last, end = before.count - 1, before.count
+        step = self.node("Sub", self.slice(after, last, end, axis=1), self.slice(before.x, last, end, axis=1))
+        joined = self.node("Concat", self.slice(after, 0, last, axis=1), self.node("Add", rest, step), axis=1)
+        known = remembered(self, known, self.slice(seen, 0, last - num_prefix, axis=1))
+        return _Tokens(joined, "", tokens.count, self.node("Concat", known, unseen, axis=1))
 
     def attention(
         self, module: Block, name: str, tokens: _Tokens, config: ViTConfig, *, prefix_only: bool

@@ -23,16 +23,16 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_blocks))
         self.head = Head(config)
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Image (B, 3, H, W), or tokens (B, N, D) and their sizes -> logits (B, C), tokens (B, M, D), sizes (B, M, 1).
+    def forward(self, x: Tensor, carried: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image (B, 3, H, W), or tokens (B, N, D) and what goes along -> logits (B, C), tokens (B, M, D) and what goes along.
 
-        Sizes are None as long as every token stands for one patch.
+        That is their sizes (B, M, 1), or the importance of their patches (`Block`), or None.
         """
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks:
-            x, sizes = block(x, sizes)
-        return self.head(x, sizes), x, sizes
+            x, carried = block(x, carried)
+        return self.head(x, carried), x, carried
 
 
 class MultiExitViT(nn.Module):
@@ -53,8 +53,8 @@ class MultiExitViT(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Normalised image, float32 (B, 3, H, W) -> logits (B, C) of every exit, first to last."""
-        logits, sizes = [], None
+        logits, carried = [], None
         for stage in self.stages:
-            exit_logits, x, sizes = stage(x, sizes)
+            exit_logits, x, carried = stage(x, carried)
             logits.append(exit_logits)
         return logits

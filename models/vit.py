@@ -28,6 +28,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's own name for it
 
 from models.efficient_attention import GATHERS
 from models.learned_pruning import LearnedPruning
+from models.slow_fast import SlowFast
 from models.token_reduction import TokenReduction
 
 LAYER_NORM_EPS = 1e-6  # timm and the paper's code; torch's own default is 1e-5
@@ -254,7 +255,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); fewer tokens before, by `pruning`, or between, by `reduction`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With fewer tokens before, by `pruning`, between, by `reduction`, or around both, by `slow_fast`.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -264,9 +268,19 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, config.hidden)
         self.pruning: LearnedPruning | None = None  # its weights are the network's: set by whoever wants it
         self.reduction: TokenReduction | None = None  # no weights of its own: likewise
+        self.slow_fast: SlowFast | None = None  # likewise, and instead of the others
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) and their sizes (B, N, 1), None for one each -> the same, perhaps fewer."""
+    def forward(self, x: Tensor, carried: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) and what goes along with them -> the same, perhaps fewer tokens.
+
+        Args:
+            x: tokens.
+            carried: how many patches each token stands for, (B, N, 1), None for one each; with `slow_fast` the importance of
+                each patch, (B, M), None where no block has noted it yet.
+        """
+        if self.slow_fast is not None:
+            return self._evolve(self.slow_fast, x, carried)
+        sizes = carried
         if self.pruning is not None:
             x = self.pruning(x)
         gathered, weights, keys = self.attn(self.norm1(x), sizes)
@@ -278,6 +292,15 @@ class Block(nn.Module):
             x, known = self.reduction(x, known, weights, keys)
             sizes = known if self.reduction.tracks_sizes else None
         return x + self.mlp(self.norm2(x)), sizes
+
+    def _evolve(self, slow_fast: SlowFast, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+        before, rest, importance = slow_fast.split(x, importance)
+        gathered, weights, _ = self.attn(self.norm1(before))
+        if weights is None:
+            raise ValueError("slow and fast tokens need softmax attention")
+        after = before + gathered
+        after = after + self.mlp(self.norm2(after))
+        return slow_fast.join(before, after, rest, importance, weights)
 
 
 class Embedding(nn.Module):

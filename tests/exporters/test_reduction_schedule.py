@@ -16,8 +16,9 @@ from models.zoo import create_model
         ("evit:0,0,1,2,3,0", (0, 0, 1, 2, 3, 0)),
         ("evit:0.5@2,4", (0, 7, 0, 3, 0, 0)),  # 16 -> 8 and one of the rest -> 5 and one
         ("top_k_attention:0.5@4,2", (0, 8, 0, 4, 0, 0)),
+        ("evo_vit:0.6@3,4", (0, 0, 6, 6, 0, 0)),  # of all patches each time
     ],
-    ids=["constant", "late", "block by block", "shares, the rest fused", "shares"],
+    ids=["constant", "late", "block by block", "shares, the rest fused", "shares", "shares of slow tokens"],
 )
 def test_a_text_becomes_an_amount_for_every_block(text: str, removed: tuple[int, ...]) -> None:
     """And back into a text that says the same."""
@@ -108,3 +109,22 @@ def test_a_cleared_network_has_all_its_tokens() -> None:
     apply_schedule(model, ReductionSchedule.parse("tome:3", 6, 16))
     clear_schedule(model)
     assert {block.reduction for stage in model.stages for block in stage.blocks} == {None}
+
+
+def test_slow_and_fast_tokens_need_a_block_that_watches() -> None:
+    """The one before the first that leaves patches out; every block behind goes on noting."""
+    model = create_model("test_vit")
+    apply_schedule(model, ReductionSchedule.parse("evo_vit:0,0,9,0,7,0", 6, 16))
+
+    found = [block.slow_fast for stage in model.stages for block in stage.blocks]
+    assert found[0] is None
+    assert [each.computed for each in found[1:]] == [None, 7, None, 9, None]
+    clear_schedule(model)
+    assert all(block.slow_fast is None for stage in model.stages for block in stage.blocks)
+    for text, reason in (("evo_vit:4", "needs a block before"), ("evo_vit:0,16,0,0,0,0", "0 patch tokens cannot")):
+        with pytest.raises(ScheduleError, match=reason):
+            apply_schedule(model, ReductionSchedule.parse(text, 6, 16))
+    with pytest.raises(ScheduleError, match="no class token"):
+        apply_schedule(create_model("vit_cifar10"), ReductionSchedule.parse("evo_vit:20x3", 6, 64))
+    with pytest.raises(ScheduleError, match="not searched for"):
+        wish_of("evo_vit:70%")

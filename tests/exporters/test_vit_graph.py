@@ -14,6 +14,7 @@ from exporters.calibration import collect_ranges, outlier_channels, spread
 from exporters.config import CalibrationConfig
 from exporters.golden import golden_images
 from exporters.graph_writer import ActivationRange
+from exporters.reduction_schedule import ReductionSchedule, apply_schedule
 from exporters.sensitivity import every_exit
 from exporters.staging import stage_specs
 from exporters.stem import PATCH_EMBED, folded_patches
@@ -232,6 +233,33 @@ def test_reduced_tokens_equal_pytorch(method: str, batch_size: int) -> None:
         for wanted, given in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
             shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in given}
             assert shapes == {tensor.name: tensor.shape for tensor in wanted}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+@pytest.mark.parametrize("schedule", ["evo_vit:0,7,9,0,7,8", "evo_vit:0,0,0,0,0,9"], ids=["across stages", "behind all"])
+def test_slow_and_fast_tokens_equal_pytorch(schedule: str, batch_size: int) -> None:
+    """The importance of patches goes along between stages; ranges for INT8 are collected as without."""
+    model, spec = reduced("test_vit", "tome", {}), ZOO["test_vit"].preprocess
+    plain = reduced("test_vit", "tome", {})
+    apply_schedule(model, ReductionSchedule.parse(schedule, 6, 16))
+    pixels = np.resize(golden_images(spec), (batch_size, 32, 32, 3))
+    with torch.no_grad():
+        expected, unreduced = (network(normalised(pixels, spec)) for network in (model, plain))
+
+    graphs, specs = stage_graphs(model, spec), stage_specs(model, spec)
+    found = every_exit(graphs, pixels)
+
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
+    assert np.abs(found[-1] - unreduced[-1].numpy()).max() > 1e-2
+    assert sum(stage.gmacs for stage in specs) < sum(stage.gmacs for stage in stage_specs(plain, spec))
+    for stage, graph in zip(specs, graphs, strict=True):
+        for wanted, given in ((stage.inputs, graph.graph.input), (stage.outputs, graph.graph.output)):
+            shapes = {v.name: tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in given}
+            assert shapes == {tensor.name: tensor.shape for tensor in wanted}
+    ranges = collect_ranges(stage_graphs(model, spec, expose=True), pixels, CalibrationConfig())
+    int8 = every_exit(stage_graphs(model, spec, ranges=ranges), pixels)[-1]
+    assert 0 < np.abs(int8 - found[-1]).max() < 0.25 * np.ptp(found[-1])
 
 
 def test_merging_without_a_class_token_equals_pytorch() -> None:
