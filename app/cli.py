@@ -111,13 +111,14 @@ def models(repository: Repository = None, as_json: Annotated[bool, typer.Option(
     if as_json:
         sys.stdout.write(json.dumps([manifest.model_dump(mode="json") for manifest in manifests], indent=2) + "\n")
         return
-    table = Table("model", "version", "classes", "stages", "MMACs by stage", "variants (targets)")
+    table = Table("model", "version", "classes", "stages", "MMACs by stage", "variants (targets)", "exits")
     for manifest in manifests:
         variants = "; ".join(f"{variant.name} ({', '.join(variant.targets)})" for variant in manifest.variants)
         costs = " + ".join(f"{1000 * stage.gmacs:.1f}" for stage in manifest.stages)
-        table.add_row(
-            manifest.name, str(manifest.version), str(manifest.num_classes), str(len(manifest.stages)), costs, variants
-        )
+        proved = "\n".join(f"{variant.name} {variant.certificate}" for variant in manifest.variants if variant.certificate)
+        exits = proved or ("not certified" if len(manifest.stages) > 1 else "")
+        sizes = str(manifest.num_classes), str(len(manifest.stages)), costs
+        table.add_row(manifest.name, str(manifest.version), *sizes, variants, exits)
     out.print(table)
 
 

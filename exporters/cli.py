@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +15,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.errors import ServiceError
-from exporters.config import ExitConfig, ExportConfig, QuantizationConfig
+from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import ImageSetError, classes_by_folder
 from exporters.model_card import exits_cost_more
+from exporters.options import (
+    INT8,
+    USUAL_CONFIDENCE,
+    Agreement,
+    Confidence,
+    Fp32Layers,
+    MaxDrop,
+    bound_of,
+    lines,
+    named_paths,
+    numbered,
+    numbers,
+    repeated,
+    where_other,
+)
 from exporters.plan import plan
 from exporters.progress import ConsoleProgress
 from exporters.published import from_report, print_tables, remeasure
@@ -50,14 +64,6 @@ UNUSABLE = (
     json.JSONDecodeError,
     OSError,  # a full disk, a folder that may not be written
 )
-
-# What INT8 is asked for, the same of every command that makes it.
-Agreement = Annotated[
-    float,
-    typer.Option(min=0, max=100, help="Percent of the images whose answer INT8 may not change: layers stay in fp32 for it."),
-]
-Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay in fp32 for that.")]
-DEFAULT = QuantizationConfig()
 
 app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
 
@@ -110,9 +116,10 @@ def export(
             "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
-    target_agreement: Agreement = 100 * DEFAULT.target_agreement,
-    max_fp32_layers: Fp32Layers = DEFAULT.max_fp32_layers,
-    max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
+    target_agreement: Agreement = 100 * INT8.target_agreement,
+    max_fp32_layers: Fp32Layers = INT8.max_fp32_layers,
+    max_drop: MaxDrop = 0.5,
+    confidence: Confidence = USUAL_CONFIDENCE,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,
     also_classes: Annotated[Path | None, typer.Option(exists=True, help="JSON {folder: class} of those.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be made, and make nothing.")] = False,
@@ -128,7 +135,7 @@ def export(
             raise SourceError(f"say one of {' and '.join(given)}")
         if onnx is None and preprocessor is not None:
             raise SourceError("--preprocessor goes with --onnx; other checkpoints have their own")
-        asked = Asked(_numbers(boundaries), image_size, patch_size)
+        asked = Asked(numbers(boundaries), image_size, patch_size)
         if onnx is not None and (asked != AS_IT_IS or timm_config is not None):
             raise SourceError(
                 "an ONNX file is exported in one piece, as it is: --boundaries, --image-size, --patch-size and --timm-config "
@@ -146,24 +153,25 @@ def export(
             repository=repository,
             version=version,
             unlabelled=unlabelled,
-            folders=_numbered(folders),
-            other_images=_named_paths(also or []),
+            folders=numbered(folders),
+            other_images=named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
             int8=int8,
             qdq=qdq,
             fp16=fp16,
             reduction=reduce,
-            quantization=replace(DEFAULT, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
+            quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            bound=bound_of(max_drop, confidence),
             data=data,
             training=training,
             licence=licence,
-            command=_repeated(
+            command=repeated(
                 {
                     "--model": model,
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
-                    **_where_other(target_agreement, max_fp32_layers),
+                    **where_other(target_agreement, max_fp32_layers, confidence),
                     "--timm-config": timm_config,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),
                     "--onnx": onnx,
@@ -229,7 +237,7 @@ def _source(
     asked: Asked,
 ) -> tuple[Source, tuple[str, ...]]:
     """What the options name, and the labels of its classes."""
-    names = () if labels is None else tuple(_lines(labels))
+    names = () if labels is None else tuple(lines(labels))
     if checkpoint is not None:
         return from_folder(find(checkpoint), names, asked)
     if weights is None:
@@ -248,49 +256,8 @@ def _source(
 def _onnx_source(file: Path, preprocessor: Path | None, labels: Path | None) -> tuple[Source, tuple[str, ...]]:
     if preprocessor is None or labels is None:
         raise SourceError("with --onnx say --preprocessor FILE and --labels FILE: a graph tells neither")
-    names = tuple(_lines(labels))
+    names = tuple(lines(labels))
     return OnnxSource(file, preprocessor, names), names
-
-
-def _numbers(text: str | None) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError as error:
-        raise SourceError(f"{text!r} are no numbers of blocks; say --boundaries 4,8,12") from error
-
-
-def _numbered(folders: Path | None) -> dict[str, int] | None:
-    """The class of each folder: its line."""
-    return None if folders is None else {folder: number for number, folder in enumerate(_lines(folders))}
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().rstrip("\n").split("\n")
-
-
-def _named_paths(texts: list[str]) -> dict[str, Path]:
-    paths = {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
-    if missing := [name for name, path in paths.items() if not path.exists()]:
-        raise ImageSetError(f"there are no images called {', '.join(missing)}; say --also NAME=PATH")
-    return paths
-
-
-def _where_other(target_agreement: float, max_fp32_layers: int) -> dict[str, object]:
-    """What INT8 was asked for, where it is not what it is asked for by default."""
-    asked = {
-        "--target-agreement": (target_agreement, 100 * DEFAULT.target_agreement),
-        "--max-fp32-layers": (max_fp32_layers, DEFAULT.max_fp32_layers),
-    }
-    return {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}
-
-
-def _repeated(options: dict[str, object], flags: list[str], command: str = "export") -> str:
-    """The command for the card: files by name only, no folders of this machine."""
-    words = ["python", "-m", "exporters", command]
-    for option, value in options.items():
-        if value is not None:
-            words += [option, value.name if isinstance(value, Path) else str(value)]
-    return shlex.join(words + flags)
 
 
 @app.command()
@@ -303,9 +270,10 @@ def quantize(
     repository: Annotated[Path, typer.Option(help="Where versions are published.")] = Path("models/artifacts"),
     unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
-    target_agreement: Agreement = 100 * DEFAULT.target_agreement,
-    max_fp32_layers: Fp32Layers = DEFAULT.max_fp32_layers,
-    max_drop: Annotated[float, typer.Option(min=0, max=100, help="Points of accuracy that exits may cost.")] = 0.5,
+    target_agreement: Agreement = 100 * INT8.target_agreement,
+    max_fp32_layers: Fp32Layers = INT8.max_fp32_layers,
+    max_drop: MaxDrop = 0.5,
+    confidence: Confidence = USUAL_CONFIDENCE,
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
     console = Console()
@@ -320,19 +288,20 @@ def quantize(
             repository=repository,
             version=version,
             unlabelled=unlabelled,
-            folders=_numbered(folders),
-            quantization=replace(DEFAULT, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
+            folders=numbered(folders),
+            quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            bound=bound_of(max_drop, confidence),
             data=told.get("data", "not stated"),
             training=told.get("training", "not stated"),
             licence=told.get("licence", "not stated"),
-            command=_repeated(
+            command=repeated(
                 {
                     "--model": model,
                     "--version": version,
                     "--from": stored.version,
                     "--max-drop": f"{max_drop:g}",
-                    **_where_other(target_agreement, max_fp32_layers),
+                    **where_other(target_agreement, max_fp32_layers, confidence),
                     "--folders": folders,
                     "--calibration": calibration,
                     "--test": test,
@@ -361,7 +330,7 @@ def evaluate(
     console = Console()
     with _told(console):
         mapping = None if classes is None else json.loads(classes.read_text())
-        names = None if folders is None else _lines(folders)
+        names = None if folders is None else lines(folders)
         with ConsoleProgress.on(console) as progress:
             found = remeasure(repository, model, version, images, classes=mapping, folders=names, progress=progress)
     print_tables(console, found)

@@ -46,6 +46,16 @@ class ExitConfig:
 
     score: str = "max_softmax"
     max_accuracy_drop: float = 0.005  # allowed on the fitting images, against taking every image to the last exit
+    labelled: bool = True  # else the labels are the network's own answers, which say nothing of how sure the last exit may be
+
+
+@dataclass(frozen=True, slots=True)
+class BoundConfig:
+    """What is to be proved of exits (`exporters.certificate`)."""
+
+    epsilon: float = 0.005  # largest loss of accuracy, a share of the images
+    delta: float = 0.05  # largest probability that it is more
+    seed: int = 0  # of the draw of the images that are set apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,7 @@ class ExportConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
+    bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"
     data: str = ""  # one sentence on the training data, for the model card

@@ -30,11 +30,21 @@ class Routing:
 def fit_temperature(logits: FloatArray, labels: Array) -> float:
     """The temperature with the least negative log-likelihood, on logits (N, C) and labels (N,).
 
+    Found by bisection: the likelihood has one valley, since it is convex in the temperature's inverse.
+
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
     rows = np.arange(len(labels))
-    losses = [-np.log(np.maximum(softmax(logits, t)[rows, labels], 1e-30)).mean() for t in TEMPERATURES]
-    return float(TEMPERATURES[int(np.argmin(losses))])
+
+    def loss(index: int) -> float:
+        chosen = softmax(logits, float(TEMPERATURES[index]))[rows, labels]
+        return float(-np.log(np.maximum(chosen, 1e-30, dtype=np.float64)).mean())
+
+    low, high = 0, len(TEMPERATURES) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss(middle) <= loss(middle + 1) else (middle + 1, high)
+    return float(TEMPERATURES[low])
 
 
 def route(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> Routing:
@@ -61,32 +71,54 @@ def fit_exits(
     Returns:
         One exit per stage; an exit that could not help within the drop is never taken.
     """
+    return fit_exit_path(logits, labels, stage_costs, config, [config.max_accuracy_drop])[0]
+
+
+def fit_exit_path(
+    logits: Sequence[FloatArray], labels: Array, stage_costs: Sequence[float], config: ExitConfig, max_drops: Sequence[float]
+) -> list[tuple[ExitSpec, ...]]:
+    """As `fit_exits`, for several allowed drops of accuracy, shares of the images."""
     temperatures = [fit_temperature(stage_logits, labels) for stage_logits in logits]
     scores = [SCORES[config.score](softmax(z, t)) for z, t in zip(logits[:-1], temperatures[:-1], strict=True)]
     correct = np.stack([stage_logits.argmax(axis=1) == labels for stage_logits in logits])
-    thresholds = _fit_thresholds(scores, correct, np.cumsum(stage_costs), config.max_accuracy_drop)
-    specs = [
-        ExitSpec(score=config.score, temperature=temperature, threshold=threshold)
-        for temperature, threshold in zip(temperatures[:-1], thresholds, strict=True)
+    path = _fit_thresholds(scores, correct, np.cumsum(stage_costs), max_drops)
+    last = ExitSpec(score=config.score, temperature=temperatures[-1] if config.labelled else 1.0, threshold=None)
+    return [
+        (
+            *(
+                ExitSpec(score=config.score, temperature=temperature, threshold=threshold)
+                for temperature, threshold in zip(temperatures[:-1], thresholds, strict=True)
+            ),
+            last,
+        )
+        for thresholds in path
     ]
-    return (*specs, ExitSpec(score=config.score, temperature=temperatures[-1], threshold=None))
 
 
-def _fit_thresholds(scores: Sequence[FloatArray], correct: Array, cost_through: Array, max_drop: float) -> tuple[float, ...]:
+def never_early(exits: Sequence[ExitSpec]) -> tuple[ExitSpec, ...]:
+    """The same exits, of which none but the last is taken."""
+    return (*(exit_.model_copy(update={"threshold": NEVER}) for exit_ in exits[:-1]), exits[-1])
+
+
+def _fit_thresholds(
+    scores: Sequence[FloatArray], correct: Array, cost_through: Array, max_drops: Sequence[float]
+) -> list[tuple[float, ...]]:
     """The thresholds of least mean cost: candidates for all exits but the last early one, for that one every score.
 
     Args:
         scores: (N,) of each early exit.
         correct: bool (exits, N).
         cost_through: of an image that leaves at each exit.
+        max_drops: for each of which there is a set of thresholds.
     """
     if not scores:
-        return ()
+        return [() for _ in max_drops]
     count = correct.shape[1]
-    right_needed = int(correct[-1].sum()) - int(max_drop * count + 1e-9)  # 1e-9: 0.005 * 1000 may come out as 4.999...
+    # 1e-9: 0.005 * 1000 may come out as 4.999...
+    right_needed = [int(correct[-1].sum()) - int(max_drop * count + 1e-9) for max_drop in max_drops]
     per_exit = max(5, int(MAX_COMBINATIONS ** (1 / max(1, len(scores) - 1))))
     candidates = [np.append(np.unique(np.quantile(score, np.linspace(0, 1, per_exit))), NEVER) for score in scores[:-1]]
-    best, best_cost = tuple(NEVER for _ in scores), np.inf
+    best = [(np.inf, tuple(NEVER for _ in scores)) for _ in max_drops]
     for outer in itertools.product(*candidates):
         still_in = np.ones(count, dtype=bool)
         right, cost = 0, 0.0
@@ -95,14 +127,17 @@ def _fit_thresholds(scores: Sequence[FloatArray], correct: Array, cost_through: 
             right += int(correct[stage][leaving].sum())
             cost += float(cost_through[stage]) * int(leaving.sum())
             still_in &= ~leaving
-        threshold, inner_cost = _sweep(scores[-1][still_in], correct[-2:, still_in], cost_through[-2:], right_needed - right)
-        if cost + inner_cost < best_cost:
-            best, best_cost = (*(float(t) for t in outer), threshold), cost + inner_cost
-    return best
+        still_needed = [needed - right for needed in right_needed]
+        swept = _sweep(scores[-1][still_in], correct[-2:, still_in], cost_through[-2:], still_needed)
+        best = [
+            min(before, (cost + inner_cost, (*(float(t) for t in outer), threshold)), key=lambda each: each[0])
+            for before, (threshold, inner_cost) in zip(best, swept, strict=True)
+        ]
+    return [thresholds for _, thresholds in best]
 
 
-def _sweep(score: FloatArray, correct: Array, cost: Array, right_needed: int) -> tuple[float, float]:
-    """The lowest threshold of one exit with enough images right, and the cost; infinite when there is none.
+def _sweep(score: FloatArray, correct: Array, cost: Array, right_needed: Sequence[int]) -> list[tuple[float, float]]:
+    """For each number of right answers, the lowest threshold of one exit that has them, and the cost, infinite for none.
 
     Args:
         score: (M,); correct: bool (2, M), here and at the last exit; cost: (2,), likewise.
@@ -113,9 +148,13 @@ def _sweep(score: FloatArray, correct: Array, cost: Array, right_needed: int) ->
     right = np.concatenate([[0], np.cumsum(here)]) + int(after.sum()) - np.concatenate([[0], np.cumsum(after)])
     falling = score[order]
     apart = np.concatenate([[True], falling[1:] < falling[:-1], [True]])[: len(score) + 1]  # equal scores leave together
-    possible = np.flatnonzero(apart & (right >= right_needed))
-    if not len(possible):
-        return NEVER, np.inf
-    leaving = int(possible[-1])
-    threshold = float(falling[leaving - 1]) if leaving else NEVER
-    return threshold, float(cost[0]) * leaving + float(cost[1]) * (len(score) - leaving)
+    found = []
+    for needed in right_needed:
+        possible = np.flatnonzero(apart & (right >= needed))
+        if not len(possible):
+            found.append((NEVER, np.inf))
+            continue
+        leaving = int(possible[-1])
+        threshold = float(falling[leaving - 1]) if leaving else NEVER
+        found.append((threshold, float(cost[0]) * leaving + float(cost[1]) * (len(score) - leaving)))
+    return found

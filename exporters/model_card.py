@@ -91,8 +91,7 @@ interval. `python -m exporters evaluate --images TEST` measures all of it again.
 {accuracy}
 
 "exit k" takes every image to exit k. "With exits on" is what the service does: an image leaves at the first exit that
-is sure enough. The thresholds were fitted to lose at most {100 * config.exits.max_accuracy_drop:.2g} points on the
-fitting images.
+is sure enough. {_thresholds(config, report)}
 
 ## Where images leave, and what it saves
 
@@ -110,10 +109,35 @@ of one thread at batch 8, survivors batched anew, on the machine that exported (
 By class ({last}, exits on): {by_class(figures, labels)}. The most frequent mistakes: {mistakes(figures, labels)}.
 
 It knows its classes and nothing else: a picture of anything else is still put into one of them, sometimes with
-confidence. It looks at {_looks_at(manifest.preprocess)}. INT8 ranges
-and exits were fitted on the same images, so the loss allowed there is a little optimistic; the tables above are not: their
-images took no part in it.
+confidence. It looks at {_looks_at(manifest.preprocess)}. {_optimism(report)}
 """
+
+
+def _thresholds(config: ExportConfig, report: Mapping[str, Any]) -> str:
+    fitted = (
+        f"The thresholds were fitted to lose at most {100 * config.exits.max_accuracy_drop:.2g} points on the\nfitting images."
+    )
+    bounds: dict[str, str] = report["bounds"]
+    said = "\n".join(f"- {name}: {bound}." for name, bound in bounds.items() if bound)
+    if not said:
+        return fitted
+    if not report["certified_on"]["images"]:
+        return f"{fitted}\n\n{said}"
+    return f"""The thresholds were chosen among many, fitted on half of the images at hand, by what the
+other half, {report["certified_on"]["images"]} images, proves of them (docs/risk-control.md):
+
+{said}
+
+This holds on average over images drawn like those; of other images, of single ones and of single classes it says nothing."""
+
+
+def _optimism(report: Mapping[str, Any]) -> str:
+    if report["certified_on"]["images"]:
+        return "Nothing was fitted on the images\nthat the exits were certified on, nor on those of the tables above."
+    return (
+        "INT8 ranges\nand exits were fitted on the same images, so the loss allowed there is a little optimistic; the tables "
+        "above are not: their\nimages took no part in it."
+    )
 
 
 def _stages(count: int) -> str:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version as package_version
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +14,10 @@ import onnx
 
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
-from app.types import Array, FloatArray
+from app.types import Array
+from exporters.certificate import certified_exits, split, too_few
 from exporters.config import ExportConfig
-from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import NEVER, fit_exits
 from exporters.exit_heads import as_text, fit_exit_heads
 from exporters.exportable import Exportable
@@ -34,15 +30,24 @@ from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
+from exporters.reporting import FP32, FULL, FittedVariant, Images, provenance, report
 from exporters.schedule_search import find_schedule
 from exporters.sources.base import Loaded, Network, Published, SourceError
 from exporters.validation import ValidationError, validate, validate_quantized
 from exporters.vit_export import ViTExport
-from models.manifest import NAME_PATTERN, ExitSpec, HardwareTarget, ModelManifest, PreprocessSpec, StageSpec, VariantSpec
+from models.manifest import (
+    NAME_PATTERN,
+    Certificate,
+    ExitSpec,
+    HardwareTarget,
+    ModelManifest,
+    PreprocessSpec,
+    StageSpec,
+    VariantSpec,
+)
 
-FP32, INT8, QDQ, FP16 = "fp32", "int8", "int8_qdq", "fp16"
+INT8, QDQ, FP16 = "int8", "int8_qdq", "fp16"
 UNSEEN_EVERY = 5
-FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
 # between two steps may fall to the other side; an instruction that saturates goes far beyond.
@@ -57,15 +62,6 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    """One variant after fitting."""
-
-    backend: OrtBackend
-    exits: tuple[ExitSpec, ...]
-    test_logits: list[FloatArray]
-
-
 def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
     """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
 
@@ -78,15 +74,15 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         network = config.source.load()
         spec = network.preprocess
         progress.step("reading images")
-        fitting, test, others = _images(config, network.labels, spec, progress)
+        images = _images(config, network, progress)
         full, schedule = None, network.token_reduction if isinstance(network, Published) else "none"
-        if isinstance(network, Published) and test.sha256 == network.fitting_images_sha256:
+        if isinstance(network, Published) and images.test.sha256 == network.fitting_images_sha256:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
-            full, schedule = _reduce(config, config.reduction, vit_of(network), fitting, build, progress)
-        unseen = _unseen_by_heads(network, len(fitting))
-        exported = _exportable(config, network, fitting.pixels[~unseen], progress)
-        variants, kept_fp32 = _write_variants(config, exported, fitting, build, progress)
+            full, schedule = _reduce(config, config.reduction, vit_of(network), images.fitting, build, progress)
+        unseen = _unseen_by_heads(network, len(images.fitting))
+        exported = _exportable(config, network, images.fitting.pixels[~unseen], progress)
+        variants, kept_fp32 = _write_variants(config, exported, images.fitting, build, progress)
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
         stages = exported.stages()
@@ -99,30 +95,18 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         write_golden(build / GOLDEN_FILE, golden, backends, draft)
 
         progress.step("fitting exits and evaluating")
-        costs = [stage.gmacs for stage in draft.stages]
-        fitting_logits = {
-            name: logits_per_exit(backend, len(costs), fitting.pixels, progress) for name, backend in backends.items()
-        }
         if config.unlabelled:
-            fitting, test = (_answered(images, full or backends[FP32], len(costs)) for images in (fitting, test))
-        for name in variants[1:]:
-            validate_quantized(name, fitting_logits[FP32][-1], fitting_logits[name][-1], fitting.labels, config.quantization)
-        fitted = {
-            name: _Fitted(
-                backend,
-                fit_exits([each[unseen] for each in fitting_logits[name]], fitting.labels[unseen], costs, config.exits),
-                logits_per_exit(backend, len(costs), test.pixels, progress),
-            )
-            for name, backend in backends.items()
-        }
-        report = _report(fitted, draft, fitting, test, others, difference, full)
+            images = _answered(images, full or backends[FP32], len(stages))
+        fitted = _fit(config, stages, backends, images, unseen, progress)
+        found = report(fitted, draft, images, difference, full)
         shutil.rmtree(build / FULL, ignore_errors=True)
-        provenance = _provenance(config, network, fitting, test) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
-        (build / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, report, provenance))
+        origin = provenance(config, network, images) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
+        (build / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+        (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, found, origin))
         exits = {name: variant.exits for name, variant in fitted.items()}
+        certificates = {name: variant.certificate for name, variant in fitted.items()}
         progress.step("publishing")
-        return publish(build, _manifest(config, stages, spec, build, exits, provenance), config.repository)
+        return publish(build, _manifest(config, stages, spec, build, exits, origin, certificates), config.repository)
 
 
 def check(config: ExportConfig) -> None:
@@ -213,10 +197,54 @@ def _write_variants(
     return [*graphs], kept_fp32
 
 
-def _images(
-    config: ExportConfig, labels: tuple[str, ...], spec: PreprocessSpec, progress: Progress
-) -> tuple[ImageSet, ImageSet, dict[str, ImageSet]]:
-    """To fit on, to measure on, and to measure on besides."""
+def _fit(
+    config: ExportConfig,
+    stages: Sequence[StageSpec],
+    backends: Mapping[str, OrtBackend],
+    images: Images,
+    unseen: Array,
+    progress: Progress,
+) -> dict[str, FittedVariant]:
+    """Each variant's exits, and what can be proved of them.
+
+    Raises:
+        ValidationError: a variant differs too much from fp32 on the fitting images.
+    """
+    costs, labels = [stage.gmacs for stage in stages], images.fitting.labels
+    how = replace(config.exits, labelled=not config.unlabelled)
+    logits = {name: logits_per_exit(each, len(costs), images.fitting.pixels, progress) for name, each in backends.items()}
+    for name in [name for name in backends if name != FP32]:
+        validate_quantized(name, logits[FP32][-1], logits[name][-1], labels, config.quantization)
+    fitted = {}
+    for name, backend in backends.items():
+        seen = [each[unseen] for each in logits[name]], labels[unseen]
+        certificate, bound = None, ""
+        if images.apart is None or config.bound is None or len(costs) == 1:
+            exits = fit_exits(*seen, costs, how)
+            if config.bound is not None and len(costs) > 1:
+                bound = too_few(len(images.fitting), config.bound)
+        else:
+            apart = logits_per_exit(backend, len(costs), images.apart.pixels, progress), images.apart.labels
+            certified = certified_exits(
+                seen,
+                apart,
+                costs,
+                how,
+                config.bound,
+                images_sha256=images.apart.sha256,
+                risk="disagreement" if config.unlabelled else "accuracy",
+            )
+            exits, certificate, bound = certified.exits, certified.certificate, certified.reason
+        if bound:
+            progress.step(f"{name}: {bound}")
+        test_logits = logits_per_exit(backend, len(costs), images.test.pixels, progress)
+        fitted[name] = FittedVariant(backend, exits, test_logits, certificate, bound)
+    return fitted
+
+
+def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images:
+    """Read, and half of those to fit on set apart where exits are to be certified and there are enough."""
+    spec, labels = network.preprocess, network.labels
     fitting, test = (
         read_unlabelled(path, spec, progress)
         if config.unlabelled
@@ -227,12 +255,24 @@ def _images(
         name: read_images(path, labels, spec, folders=config.other_folders, progress=progress)
         for name, path in config.other_images.items()
     }
-    return fitting, test, others
+    apart = None if config.bound is None or network.num_stages == 1 else split(len(fitting), config.bound)
+    if apart is None:
+        return Images(fitting, None, test, others)
+    return Images(_part(fitting, ~apart), _part(fitting, apart), test, others)
 
 
-def _answered(images: ImageSet, backend: OrtBackend, num_stages: int) -> ImageSet:
+def _part(images: ImageSet, chosen: Array) -> ImageSet:
+    return replace(images, pixels=images.pixels[chosen], labels=images.labels[chosen])
+
+
+def _answered(images: Images, backend: OrtBackend, num_stages: int) -> Images:
     """With the network's own answers for labels."""
-    return replace(images, labels=logits_per_exit(backend, num_stages, images.pixels)[-1].argmax(axis=1))
+
+    def answered(each: ImageSet) -> ImageSet:
+        return replace(each, labels=logits_per_exit(backend, num_stages, each.pixels)[-1].argmax(axis=1))
+
+    apart = None if images.apart is None else answered(images.apart)
+    return replace(images, fitting=answered(images.fitting), apart=apart, test=answered(images.test))
 
 
 def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBackend:
@@ -258,7 +298,8 @@ def _manifest(
     preprocess: PreprocessSpec,
     build: Path,
     exits: Mapping[str, tuple[ExitSpec, ...]],
-    provenance: Mapping[str, str],
+    origin: Mapping[str, str],
+    certificates: Mapping[str, Certificate | None] | None = None,
 ) -> ModelManifest:
     variants = tuple(
         VariantSpec(
@@ -267,6 +308,7 @@ def _manifest(
             files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(stages))),
             exits=variant_exits,
             golden_atol=GOLDEN_ATOL.get(name, GOLDEN_ATOL[FP32]),
+            certificate=(certificates or {}).get(name),
         )
         for name, variant_exits in exits.items()
     )
@@ -279,7 +321,7 @@ def _manifest(
         stages=stages,
         variants=variants,
         files=checksums(build),
-        provenance=dict(provenance),
+        provenance=dict(origin),
     )
 
 
@@ -288,85 +330,3 @@ def _no_exits(stages: Sequence[StageSpec]) -> tuple[ExitSpec, ...]:
     return tuple(
         ExitSpec(score="max_softmax", temperature=1.0, threshold=None if index == last else NEVER) for index in range(last + 1)
     )
-
-
-def _report(
-    fitted: Mapping[str, _Fitted],
-    manifest: ModelManifest,
-    fitting: ImageSet,
-    test: ImageSet,
-    others: Mapping[str, ImageSet],
-    difference: float,
-    full: OrtBackend | None,
-) -> dict[str, object]:
-    reference = fitted[FP32].test_logits[-1]
-    backends = {name: variant.backend for name, variant in fitted.items()}
-    exits = {name: variant.exits for name, variant in fitted.items()}
-    without_reduction: dict[str, object] = {}
-    times = milliseconds_per_image(backends | ({FULL: full} if full else {}), exits | {FULL: exits[FP32]}, test.pixels)
-    if full is not None:
-        # Everything is told against the network as it came.
-        reference = logits_per_exit(full, len(manifest.stages), test.pixels)[-1]
-        top1 = float((reference.argmax(axis=1) == test.labels).mean())
-        without_reduction = {"top1": round(top1, 4), "ms_per_image": times.pop(FULL)["without_exits"]}
-    return {
-        "machine": f"{platform.machine()}, {platform.system()}, one thread",
-        "fitted_on": {"images": len(fitting), "sha256": fitting.sha256},
-        "tested_on": {"images": len(test), "sha256": test.sha256},
-        "largest_logit_difference_to_source": float(f"{difference:.2e}"),
-        "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
-        "ms_per_image": times,
-        "without_reduction": without_reduction,
-        "variants": {
-            name: evaluate(variant.test_logits, test.labels, variant.exits, manifest.stages, reference)
-            for name, variant in fitted.items()
-        },
-        "other_images": {name: _on_other_images(fitted, manifest, images) for name, images in others.items()},
-    }
-
-
-def _on_other_images(fitted: Mapping[str, _Fitted], manifest: ModelManifest, images: ImageSet) -> dict[str, object]:
-    logits = {name: logits_per_exit(v.backend, len(manifest.stages), images.pixels) for name, v in fitted.items()}
-    return {
-        "images": len(images),
-        "sha256": images.sha256,
-        "variants": {
-            name: evaluate(logits[name], images.labels, variant.exits, manifest.stages, logits[FP32][-1])
-            for name, variant in fitted.items()
-        },
-    }
-
-
-def _provenance(config: ExportConfig, network: Loaded, fitting: ImageSet, test: ImageSet) -> dict[str, str]:
-    packages = ["torch", "onnx", "onnxruntime", "numpy", "pillow"]
-    packages += [name for name in ("transformers", "timm") if name in sys.modules]  # where one gave the network
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "origin": network.origin,
-        "weights_sha256": network.weights_sha256,
-        "fitting_images_sha256": fitting.sha256,
-        "test_images_sha256": test.sha256,
-        "licence": config.licence,
-        "data": config.data,
-        "training": config.training,
-        "command": config.command,
-        "commit": _commit(),
-        "packages": ", ".join(f"{name} {package_version(name)}" for name in packages),
-        "python": platform.python_version(),
-    }
-
-
-def _commit() -> str:
-    """The commit of the source tree, or a word when it is not a git checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607 - git as the user has it
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return result.stdout.strip()

@@ -120,6 +120,31 @@ class ExitSpec(_Frozen):
     threshold: float | None = Field(description="None on the last stage, where every image leaves.")
 
 
+class Certificate(_Frozen):
+    """What an operating point loses at most, as far as images can prove it (docs/risk-control.md)."""
+
+    risk: Literal["accuracy", "disagreement"] = Field(
+        description="accuracy: how much more rarely it is right. disagreement: how often it gives another class."
+    )
+    compared_with: str = Field(description="What it is compared with on each image, in words.")
+    epsilon: float = Field(gt=0, lt=1, description="Largest loss promised, a share of the images.")
+    delta: float = Field(
+        gt=0, lt=1, description="Largest probability that the promise is not kept, over the draw of the images."
+    )
+    images: PositiveInt = Field(description="How many it was tested on; they had no part in fitting.")
+    images_sha256: Sha256 = Field(description="Over the files of the set that these are part of.")
+    method: str
+    limits: str = Field(description="What it does not promise.")
+
+    def __str__(self) -> str:
+        """What it promises, in a line."""
+        what = {
+            "accuracy": f"loses at most {100 * self.epsilon:.3g} points of accuracy",
+            "disagreement": f"gives another class for at most {100 * self.epsilon:.3g} % of the images",
+        }[self.risk]
+        return f"{what} against {self.compared_with}, with {100 * (1 - self.delta):.3g} % confidence ({self.images} images)"
+
+
 class VariantSpec(_Frozen):
     """The same stages at one precision: the files, where they may run, and the exits fitted on exactly these files."""
 
@@ -128,6 +153,9 @@ class VariantSpec(_Frozen):
     files: tuple[str, ...] = Field(description="One ONNX file per stage, relative to the version's directory.")
     exits: tuple[ExitSpec, ...] = Field(description="One per stage.")
     golden_atol: float = Field(gt=0, description="Largest absolute difference of a logit when the golden pair is replayed.")
+    certificate: Certificate | None = Field(
+        default=None, description="Of these exits; none where too few images could prove it."
+    )
 
 
 class ModelManifest(_Frozen):

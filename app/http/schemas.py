@@ -99,6 +99,10 @@ class ModelBody(BaseModel):
     labels: list[str]
     gmacs_by_stage: list[float] = Field(description="10^9 multiply-adds per image, of each stage alone.")
     exits: list[dict[str, Any]] = Field(description="Score, temperature and threshold of each exit.")
+    bound: str = Field(description="What leaving early costs at most, in words; empty where that is not proved.")
+    certificate: dict[str, Any] | None = Field(
+        description="What these exits cost at most, and how it is known; null: not proved."
+    )
     provenance: dict[str, str]
 
 

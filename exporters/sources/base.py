@@ -32,6 +32,10 @@ class Network:
     origin: str  # what it is called where it comes from
     has_exits: bool  # else the heads of all stages but the last are still to be fitted
 
+    @property
+    def num_stages(self) -> int:
+        return len(self.model.stages)
+
 
 @dataclass(frozen=True, slots=True)
 class WholeModel:
@@ -47,6 +51,10 @@ class WholeModel:
     weights_sha256: str
     origin: str  # what it is called where it comes from
 
+    @property
+    def num_stages(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -60,6 +68,10 @@ class Published:
     origin: str  # its name and number, and what it was made from
     token_reduction: str  # that it has already
     fitting_images_sha256: str  # that its exits were fitted on
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
 
 
 Loaded = Network | WholeModel | Published

@@ -12,6 +12,7 @@ import pytest
 
 from app.runtime.cpu import has_exact_int8
 from exporters import recipe
+from exporters.config import BoundConfig
 from exporters.publishing import AlreadyPublished
 from exporters.sources.base import SourceError
 from exporters.validation import ValueMismatch
@@ -123,6 +124,40 @@ def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tm
     assert report["tested_on"]["images"] == 12
     assert report["variants"]["fp32"]["top1_by_exit"][-1] == 1.0
     assert "**The images had no labels.**" in (directory / "MODEL_CARD.md").read_text()
+    exits = ModelManifest.load(directory).variant("fp32").exits
+    assert exits[-1].temperature == 1.0  # own answers say nothing of how sure it may be
+    assert "no bound" not in (directory / "MODEL_CARD.md").read_text()  # none was asked for
+
+
+def test_exits_are_certified_where_there_are_images_enough(inputs: Path, tmp_path: Path) -> None:
+    """On half of them, that had no part in fitting; manifest, report and card say what is promised, of every variant."""
+    said = Listener()
+    config = replace(make_config(inputs, tmp_path), bound=BoundConfig(epsilon=0.6, delta=0.2))
+
+    directory = recipe.run(config, said)
+
+    manifest = ModelManifest.load(directory)
+    report, card = json.loads((directory / "report.json").read_text()), (directory / "MODEL_CARD.md").read_text()
+    assert (report["fitted_on"]["images"], report["certified_on"]["images"]) == (10, 10)
+    for variant in manifest.variants:
+        assert variant.certificate is not None
+        assert (variant.certificate.epsilon, variant.certificate.images) == (0.6, 10)
+        assert variant.certificate.images_sha256 == manifest.provenance["fitting_images_sha256"]
+        assert str(variant.certificate) == report["bounds"][variant.name]
+        assert f"- {variant.name}: {variant.certificate}." in card
+        assert f"{variant.name}: {variant.certificate}" in said.steps
+    assert "of other images, of single ones and of single classes it says nothing" in card
+
+
+def test_too_few_images_to_certify_are_said_to_be_too_few(inputs: Path, tmp_path: Path) -> None:
+    """All of them are fitted on then, and no variant has a certificate."""
+    directory = recipe.run(replace(make_config(inputs, tmp_path), int8=False, bound=BoundConfig()))
+
+    assert [variant.certificate for variant in ModelManifest.load(directory).variants] == [None]
+    report = json.loads((directory / "report.json").read_text())
+    assert (report["fitted_on"]["images"], report["certified_on"]["images"]) == (20, 0)
+    assert "to prove that exits cost at most 0.5 points, with 95 % confidence, takes at least" in report["bounds"]["fp32"]
+    assert "and there are 20" in (directory / "MODEL_CARD.md").read_text()
 
 
 def test_an_interrupted_export_leaves_nothing_behind(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

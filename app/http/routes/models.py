@@ -34,6 +34,7 @@ async def get_version(name: str, version: int, service: ServiceDep) -> ModelBody
 def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
     manifest, registry = model.manifest, service.registry
     is_default = registry.default_model is not None and registry.get() is model
+    variant = manifest.variant(model.variant)
     return ModelBody(
         name=manifest.name,
         version=manifest.version,
@@ -48,6 +49,8 @@ def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
         classes=manifest.num_classes,
         labels=list(model.labels),
         gmacs_by_stage=[round(stage.gmacs, 6) for stage in manifest.stages],
-        exits=[exit_.model_dump() for exit_ in manifest.variant(model.variant).exits],
+        exits=[exit_.model_dump() for exit_ in variant.exits],
+        bound="" if variant.certificate is None else str(variant.certificate),
+        certificate=None if variant.certificate is None else variant.certificate.model_dump(),
         provenance=manifest.provenance,
     )

@@ -133,6 +133,7 @@ function showModel() {
     const more = model.classes > labels.length ? ", …" : "";
     if (labels.length) parts.push(make("p", { className: "quiet", textContent: `Knows ${labels.join(", ")}${more}` }));
     if (model.variant_reason) parts.push(make("p", { className: "quiet", textContent: model.variant_reason }));
+    if (model.bound) parts.push(make("p", { className: "quiet", textContent: `Leaving early ${model.bound}.` }));
   }
   byId("model").replaceChildren(...parts);
 }

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from app.http.schemas import ModelBody, ModelsResponse
-from models.manifest import MANIFEST_FILE, ModelManifest
+from models.manifest import MANIFEST_FILE, Certificate, ModelManifest
 from tests.app.http.served import MODEL, Served, check_problem, make_settings, running
 
 pytestmark = pytest.mark.anyio
@@ -34,6 +34,36 @@ async def test_a_model_tells_what_it_is_and_what_it_runs_on(served: Served, tiny
     assert [pytest.approx(stage.gmacs, abs=1e-6) for stage in manifest.stages] == model.gmacs_by_stage
     assert [exit_.threshold for exit_ in manifest.variant("fp32").exits] == [exit_["threshold"] for exit_ in model.exits]
     assert manifest.provenance == model.provenance
+
+
+async def test_a_certificate_is_told_in_full_and_in_words(tiny_repository: Path, tmp_path: Path) -> None:
+    """What its exits cost at most; nothing where nothing was proved."""
+    directory = tmp_path / MODEL / "1"
+    shutil.copytree(tiny_repository / MODEL / "1", directory)
+    manifest = ModelManifest.load(directory)
+    certificate = Certificate(
+        risk="accuracy",
+        compared_with="the last exit of the same variant",
+        epsilon=0.005,
+        delta=0.05,
+        images=2500,
+        images_sha256="0" * 64,
+        method="a test",
+        limits="everything else",
+    )
+    variants = tuple(variant.model_copy(update={"certificate": certificate}) for variant in manifest.variants)
+    certified = manifest.model_copy(update={"variants": variants})
+    async with running(make_settings(tmp_path)) as served:
+        (plain,) = (await served.client.get("/v1/models")).json()["models"]
+    (directory / MANIFEST_FILE).write_text(certified.model_dump_json())
+    async with running(make_settings(tmp_path)) as served:
+        (told,) = (await served.client.get("/v1/models")).json()["models"]
+
+    assert (plain["bound"], plain["certificate"]) == ("", None)
+    assert told["bound"] == (
+        "loses at most 0.5 points of accuracy against the last exit of the same variant, with 95 % confidence (2500 images)"
+    )
+    assert told["certificate"] == certificate.model_dump()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""What commands have in common: the same options, and texts of options read and written."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exporters.config import BoundConfig, QuantizationConfig
+from exporters.images import ImageSetError
+from exporters.sources.base import SourceError
+
+INT8 = QuantizationConfig()  # what it is asked for by default
+USUAL_CONFIDENCE = 95.0
+
+Agreement = Annotated[
+    float,
+    typer.Option(min=0, max=100, help="Percent of the images whose answer INT8 may not change: layers stay in fp32 for it."),
+]
+Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay in fp32 for that.")]
+MaxDrop = Annotated[float, typer.Option(min=0, max=99, help="Points of accuracy that exits may cost.")]
+Confidence = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=99.5,
+        help="Percent, with which that is proved where there are images enough: half of them are set apart. 0: not proved.",
+    ),
+]
+
+
+def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:
+    """From points and percent; None where nothing is to be proved, or nothing can be: a loss of zero."""
+    if not max_drop or not confidence:
+        return None
+    return BoundConfig(epsilon=max_drop / 100, delta=1 - confidence / 100)
+
+
+def where_other(target_agreement: float, max_fp32_layers: int, confidence: float) -> dict[str, object]:
+    """What was asked for, where it is not what is asked for by default."""
+    asked = {
+        "--target-agreement": (target_agreement, 100 * INT8.target_agreement),
+        "--max-fp32-layers": (max_fp32_layers, INT8.max_fp32_layers),
+        "--confidence": (confidence, USUAL_CONFIDENCE),
+    }
+    return {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}
+
+
+def repeated(options: dict[str, object], flags: list[str], command: str = "export") -> str:
+    """The command for the card: files by name only, no folders of this machine."""
+    words = ["python", "-m", "exporters", command]
+    for option, value in options.items():
+        if value is not None:
+            words += [option, value.name if isinstance(value, Path) else str(value)]
+    return shlex.join(words + flags)
+
+
+def numbers(text: str | None) -> tuple[int, ...]:
+    """Of blocks.
+
+    Raises:
+        SourceError: something else stands there.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise SourceError(f"{text!r} are no numbers of blocks; say --boundaries 4,8,12") from error
+
+
+def numbered(folders: Path | None) -> dict[str, int] | None:
+    """The class of each folder: its line."""
+    return None if folders is None else {folder: number for number, folder in enumerate(lines(folders))}
+
+
+def lines(path: Path) -> list[str]:
+    """Of a file, without what ends them."""
+    return path.read_text().rstrip("\n").split("\n")
+
+
+def named_paths(texts: list[str]) -> dict[str, Path]:
+    """Of NAME=PATH.
+
+    Raises:
+        ImageSetError: nothing is there.
+    """
+    paths = {name: Path(path) for name, _, path in (text.partition("=") for text in texts)}
+    if missing := [name for name, path in paths.items() if not path.exists()]:
+        raise ImageSetError(f"there are no images called {', '.join(missing)}; say --also NAME=PATH")
+    return paths
