@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.errors import ModelNotFound, StartupError
+from app.errors import InvalidRequest, ModelNotFound, StartupError
 from app.exits import ExitPolicy
 from app.log import get_logger
 from app.metrics import Metrics
+from app.quality import Ladder
 from app.repository.registry import ModelRegistry
 from app.repository.store import ModelStore, StoredModel
 from app.runtime.cpu import num_cpus
@@ -156,10 +157,13 @@ def _allowed_variants(stored: StoredModel, wanted: str, profile: TargetProfile) 
 
 def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, metrics: Metrics) -> LoadedModel:
     manifest, choice = opened.stored.manifest, opened.choice
+    variant = manifest.variant(choice.name)
+    ladder = Ladder(variant)
+    default_point = _default_point(ladder, settings.runtime.quality, manifest.name)
     pool = BackendPool(opened.backends)
     pipeline = StagedPipeline(
         pool,
-        ExitPolicy(manifest.variant(choice.name).exits),
+        ExitPolicy(variant.exits, ladder.thresholds),
         input_name=PIXELS,
         model=manifest.name,
         metrics=metrics,
@@ -180,7 +184,17 @@ def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, me
         profile=profile,
         variant=choice.name,
         variant_reason=choice.reason,
+        ladder=ladder,
+        default_point=default_point,
         pipeline=pipeline,
         pool=pool,
         metrics=metrics,
     )
+
+
+def _default_point(ladder: Ladder, quality: str, model: str) -> int:
+    try:
+        return ladder.index(quality)
+    except InvalidRequest as error:
+        names = ", ".join(rung.name for rung in ladder)
+        raise StartupError(f"FOVEA_RUNTIME__QUALITY is {quality!r}; {model} has {names}") from error

@@ -25,6 +25,7 @@ from app.http.errors import describe_validation
 from app.http.schemas import answer_body
 from app.log import configure
 from app.metrics import Metrics, create_registry
+from app.quality import Ladder
 from app.repository.store import ModelStore
 from app.service import InferenceService, LoadedModel
 from app.settings import Settings
@@ -88,6 +89,7 @@ def predict(
     files: Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")],
     model: Annotated[str | None, typer.Option(help="Model to use.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 1,
+    quality: Annotated[str | None, typer.Option(help="Operating point: full, balanced, or one that the model adds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object per image, one a line.")] = False,
     repository: Repository = None,
 ) -> None:
@@ -98,7 +100,7 @@ def predict(
     if not paths:
         err.print("[red]there are no images in these folders[/]")
         raise typer.Exit(1)
-    failed = asyncio.run(_predict(settings, paths, model, top_k, as_json=as_json))
+    failed = asyncio.run(_predict(settings, paths, model, top_k, quality, as_json=as_json))
     raise typer.Exit(1 if failed else 0)
 
 
@@ -115,7 +117,8 @@ def models(repository: Repository = None, as_json: Annotated[bool, typer.Option(
     for manifest in manifests:
         variants = "; ".join(f"{variant.name} ({', '.join(variant.targets)})" for variant in manifest.variants)
         costs = " + ".join(f"{1000 * stage.gmacs:.1f}" for stage in manifest.stages)
-        proved = "\n".join(f"{variant.name} {variant.certificate}" for variant in manifest.variants if variant.certificate)
+        rungs = [(variant.name, rung) for variant in manifest.variants for rung in Ladder(variant) if rung.certificate]
+        proved = "\n".join(f"{variant}, {rung.name}: {rung.bound}" for variant, rung in rungs)
         exits = proved or ("not certified" if len(manifest.stages) > 1 else "")
         sizes = str(manifest.num_classes), str(len(manifest.stages)), costs
         table.add_row(manifest.name, str(manifest.version), *sizes, variants, exits)
@@ -197,7 +200,9 @@ def _images(paths: list[Path]) -> Iterator[Path]:
             yield path
 
 
-async def _predict(settings: Settings, paths: list[Path], model: str | None, top_k: int, *, as_json: bool) -> int:
+async def _predict(
+    settings: Settings, paths: list[Path], model: str | None, top_k: int, quality: str | None, *, as_json: bool
+) -> int:
     """Classify and show; how many could not be."""
     service = await open_service(settings, Metrics(create_registry()))
     try:
@@ -211,7 +216,7 @@ async def _predict(settings: Settings, paths: list[Path], model: str | None, top
 
             async def work() -> None:
                 for index, path in queue:
-                    answers[index] = await _classify_file(service, loaded, path, top_k)
+                    answers[index] = await _classify_file(service, loaded, path, top_k, quality)
                     progress.advance(task)
 
             await asyncio.gather(*(work() for _ in range(workers)))
@@ -225,13 +230,15 @@ async def _predict(settings: Settings, paths: list[Path], model: str | None, top
     return sum(isinstance(answer, ServiceError) for _, answer in results)
 
 
-async def _classify_file(service: InferenceService, model: LoadedModel, path: Path, top_k: int) -> Prediction | ServiceError:
+async def _classify_file(
+    service: InferenceService, model: LoadedModel, path: Path, top_k: int, quality: str | None
+) -> Prediction | ServiceError:
     try:
         data = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         return InvalidImage(f"the file cannot be read: {error.strerror}")
     with service.admission.admit() as permit:
-        (answer,) = await service.classify([data], permit, model=model, top_k=top_k)
+        (answer,) = await service.classify([data], permit, model=model, top_k=top_k, quality=quality)
     return answer
 
 

@@ -42,10 +42,21 @@ SCORES: dict[str, Callable[[FloatArray], FloatArray]] = {"max_softmax": max_soft
 
 
 class ExitPolicy:
-    """Decides by the scores, temperatures and thresholds fitted for one variant."""
+    """Decides by the scores, temperatures and thresholds fitted for one variant.
 
-    def __init__(self, exits: Sequence[ExitSpec]) -> None:
+    Args:
+        exits: one per stage.
+        points: thresholds of each operating point, one per stage, None for "all leave"; unset: those of the exits, as the
+            only point.
+    """
+
+    def __init__(self, exits: Sequence[ExitSpec], points: Sequence[Sequence[float | None]] | None = None) -> None:
         self._exits = tuple(exits)
+        chosen = [[exit_.threshold for exit_ in exits]] if points is None else points
+        # (stages, points); the comparison is in float32, as scores are
+        self._thresholds = np.array(
+            [[-np.inf if threshold is None else threshold for threshold in point] for point in chosen], dtype=np.float32
+        ).T
 
     @property
     def num_stages(self) -> int:
@@ -55,18 +66,20 @@ class ExitPolicy:
         """Calibrated probabilities of this exit, (..., C) -> (..., C)."""
         return softmax(logits, self._exits[stage].temperature)
 
-    def decide(self, stage: int, logits: FloatArray) -> tuple[npt.NDArray[np.bool_], FloatArray]:
+    def decide(
+        self, stage: int, logits: FloatArray, point: int | Sequence[int] = 0
+    ) -> tuple[npt.NDArray[np.bool_], FloatArray]:
         """Which images leave after this stage.
 
         Args:
             stage: index from 0; from the last stage every image leaves.
             logits: float32 (B, C).
+            point: the operating point of all images, or of each.
 
         Returns:
             leave: bool (B,); confidence: the exit's score, float32 (B,).
         """
         spec = self._exits[stage]
         confidence = SCORES[spec.score](softmax(logits, spec.temperature))
-        threshold = -np.inf if spec.threshold is None else spec.threshold
-        leave: npt.NDArray[np.bool_] = np.asarray(confidence >= np.float32(threshold))
+        leave: npt.NDArray[np.bool_] = np.asarray(confidence >= self._thresholds[stage, point])
         return leave, confidence

@@ -76,6 +76,12 @@ class Metrics:
             "fovea_stage_failures", "Executions of this stage that failed.", ["model", "stage"], registry=registry
         )
         self.exits = Counter("fovea_exits", "Images that left after this stage.", ["model", "stage"], registry=registry)
+        self.answered = Counter(
+            "fovea_answered",
+            "Images answered, by the operating point they were answered at.",
+            ["model", "quality"],
+            registry=registry,
+        )
         self.skipped = Counter(
             "fovea_skipped", "Images not computed because their caller had gone.", ["model", "stage"], registry=registry
         )

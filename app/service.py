@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from prometheus_client import Counter
+
 from app.errors import (
     DeadlineExceeded,
     InferenceFailed,
@@ -22,6 +24,7 @@ from app.imaging.preprocess import Pixels, load_pixels
 from app.log import get_logger
 from app.metrics import PHASES, Metrics
 from app.postprocess import top_k as top_k_labels
+from app.quality import Ladder, Rung
 from app.repository.registry import ModelRegistry
 from app.runtime.pool import BackendPool
 from app.runtime.targets import TargetProfile
@@ -45,6 +48,8 @@ class LoadedModel:
     profile: TargetProfile
     variant: str
     variant_reason: str
+    ladder: Ladder
+    default_point: int  # of the ladder
     pipeline: StagedPipeline
     pool: BackendPool
     metrics: Metrics
@@ -63,6 +68,19 @@ class LoadedModel:
             compute.observe(sum(timings.compute_s))
 
         return observe
+
+    @cached_property
+    def answered_at(self) -> list[Counter]:
+        """The metric of each operating point, looked up once."""
+        return [self.metrics.answered.labels(self.manifest.name, rung.name) for rung in self.ladder]
+
+    def rung(self, quality: str | None) -> Rung:
+        """The operating point of that name; unset: the default one.
+
+        Raises:
+            InvalidRequest: it has none of that name.
+        """
+        return self.ladder[self.default_point if quality is None else self.ladder.index(quality)]
 
     @property
     def failed(self) -> bool:
@@ -118,6 +136,7 @@ class InferenceService:
         *,
         model: LoadedModel,
         top_k: int = 5,
+        quality: str | None = None,
         started: float | None = None,
     ) -> list[Prediction | ServiceError]:
         """Classify images; a bad one has its error in its place and costs the others nothing.
@@ -127,10 +146,11 @@ class InferenceService:
             permit: takes one image each, all or none.
             model: from `registry.get`.
             top_k: classes per answer, 1 .. number of classes.
+            quality: name of an operating point of the model; unset: its default.
             started: when the request began, by `time.perf_counter`, for the answer's total; unset: now.
 
         Raises:
-            InvalidRequest: `top_k` is out of range.
+            InvalidRequest: `top_k` is out of range, or there is no such quality.
             Overloaded: there is no room for so many images.
         """
         num_classes = len(model.labels)
@@ -138,11 +158,12 @@ class InferenceService:
             raise InvalidRequest(
                 f"top_k must be between 1 and {num_classes}, the number of classes of {model.manifest.name}; it is {top_k}"
             )
+        point = model.default_point if quality is None else model.ladder.index(quality)
         permit.take_images(len(images))
         started = time.perf_counter() if started is None else started
         if len(images) == 1:
-            return [await self._classify_one(images[0], model, top_k, started)]
-        return await asyncio.gather(*(self._classify_one(image, model, top_k, started) for image in images))
+            return [await self._classify_one(images[0], model, top_k, point, started)]
+        return await asyncio.gather(*(self._classify_one(image, model, top_k, point, started) for image in images))
 
     async def close(self) -> None:
         """Refuse new requests, let those in flight finish, free everything."""
@@ -153,7 +174,7 @@ class InferenceService:
         await asyncio.to_thread(self._decoders.close)
 
     async def _classify_one(
-        self, image: EncodedImage, model: LoadedModel, top_k: int, started: float
+        self, image: EncodedImage, model: LoadedModel, top_k: int, point: int, started: float
     ) -> Prediction | ServiceError:
         begun = decoded_at = time.perf_counter()
         name = model.manifest.name
@@ -165,7 +186,7 @@ class InferenceService:
             decoded_at = time.perf_counter()
             try:
                 if error is None:
-                    model.pipeline.put(pixels, future)
+                    model.pipeline.put(pixels, future, point)
             except Exception as raised:  # or this image's caller would wait for ever
                 error = raised
             if error is not None and not future.done():
@@ -188,6 +209,7 @@ class InferenceService:
             return InferenceFailed("the image could not be worked on; the service's log has the cause")
         timings = Timings(decoded_at - begun, result.queue_s, result.compute_s, time.perf_counter() - started)
         model.observe(timings)
+        model.answered_at[point].inc()
         return Prediction(top_k_labels(result.probabilities, model.labels, top_k), result.exit, timings)
 
 

@@ -59,6 +59,9 @@ class BatchingSettings(_Section):
 class RuntimeSettings(_Section):
     target: Literal["auto"] | HardwareTarget = Field("auto", description="Hardware target; auto detects it.")
     variant: str = Field("auto", description="Variant to serve; auto times those the target allows and takes the fastest.")
+    quality: str = Field(
+        "balanced", description="Operating point of a request that names none: full, balanced, or one that the model adds."
+    )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")
 

@@ -97,6 +97,7 @@ class ExportConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
+    fast_drop: float = 0.02  # what the operating point `fast` may lose; not more than the exits themselves may: no such point
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"
     data: str = ""  # one sentence on the training data, for the model card

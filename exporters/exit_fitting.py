@@ -95,9 +95,15 @@ def fit_exit_path(
     ]
 
 
+def with_thresholds(exits: Sequence[ExitSpec], thresholds: Sequence[float]) -> tuple[ExitSpec, ...]:
+    """The same exits with other thresholds, one for each but the last."""
+    early = zip(exits[:-1], thresholds, strict=True)
+    return (*(exit_.model_copy(update={"threshold": threshold}) for exit_, threshold in early), exits[-1])
+
+
 def never_early(exits: Sequence[ExitSpec]) -> tuple[ExitSpec, ...]:
     """The same exits, of which none but the last is taken."""
-    return (*(exit_.model_copy(update={"threshold": NEVER}) for exit_ in exits[:-1]), exits[-1])
+    return with_thresholds(exits, [NEVER] * (len(exits) - 1))
 
 
 def _fit_thresholds(

@@ -62,7 +62,8 @@ def model_card(
                 milliseconds(report["ms_per_image"][name]),
             ]
             for name, figures in variants.items()
-        ],
+        ]
+        + _further_points(report),
     )
     calibration = _table(
         ["variant", *(f"exit {index}" for index in stages)],
@@ -113,12 +114,30 @@ confidence. It looks at {_looks_at(manifest.preprocess)}. {_optimism(report)}
 """
 
 
+def _further_points(report: Mapping[str, Any]) -> list[list[str]]:
+    """A row for each operating point beside the exits."""
+    return [
+        [
+            f"{name}, {point}",
+            *(percent(value) for value in figures["exit_rates"]),
+            points(figures["loss_against_full_depth"]),
+            f"{figures['mean_gmacs']:.4f}",
+            percent(figures["compute_saved"]),
+            "not timed",
+        ]
+        for name, further in report["points"].items()
+        for point, figures in further.items()
+    ]
+
+
 def _thresholds(config: ExportConfig, report: Mapping[str, Any]) -> str:
     fitted = (
         f"The thresholds were fitted to lose at most {100 * config.exits.max_accuracy_drop:.2g} points on the\nfitting images."
     )
-    bounds: dict[str, str] = report["bounds"]
-    said = "\n".join(f"- {name}: {bound}." for name, bound in bounds.items() if bound)
+    bounds: dict[str, dict[str, str]] = report["bounds"]
+    said = "\n".join(
+        f"- {name}, {point}: {bound}." for name, points in bounds.items() for point, bound in points.items() if bound
+    )
     if not said:
         return fitted
     if not report["certified_on"]["images"]:

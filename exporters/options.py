@@ -13,7 +13,7 @@ from exporters.images import ImageSetError
 from exporters.sources.base import SourceError
 
 INT8 = QuantizationConfig()  # what it is asked for by default
-USUAL_CONFIDENCE = 95.0
+USUAL_FAST_DROP, USUAL_CONFIDENCE = 2.0, 95.0
 
 Agreement = Annotated[
     float,
@@ -21,6 +21,9 @@ Agreement = Annotated[
 ]
 Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay in fp32 for that.")]
 MaxDrop = Annotated[float, typer.Option(min=0, max=99, help="Points of accuracy that exits may cost.")]
+FastDrop = Annotated[
+    float, typer.Option(min=0, max=99, help="Points that the operating point `fast` may cost; no more than --max-drop: none.")
+]
 Confidence = Annotated[
     float,
     typer.Option(
@@ -38,11 +41,14 @@ def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:
     return BoundConfig(epsilon=max_drop / 100, delta=1 - confidence / 100)
 
 
-def where_other(target_agreement: float, max_fp32_layers: int, confidence: float) -> dict[str, object]:
+def where_other(
+    target_agreement: float, max_fp32_layers: int, fast_drop: float, confidence: float
+) -> dict[str, object]:
     """What was asked for, where it is not what is asked for by default."""
     asked = {
         "--target-agreement": (target_agreement, 100 * INT8.target_agreement),
         "--max-fp32-layers": (max_fp32_layers, INT8.max_fp32_layers),
+        "--fast-drop": (fast_drop, USUAL_FAST_DROP),
         "--confidence": (confidence, USUAL_CONFIDENCE),
     }
     return {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ import onnx
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array
-from exporters.certificate import certified_exits, split, too_few
+from exporters.certificate import split
 from exporters.config import ExportConfig
 from exporters.evaluation import logits_per_exit
-from exporters.exit_fitting import NEVER, fit_exits
+from exporters.exit_fitting import NEVER
 from exporters.exit_heads import as_text, fit_exit_heads
 from exporters.exportable import Exportable
+from exporters.fitting import fit_variants
 from exporters.golden import golden_images, write_golden
 from exporters.graphs_export import export_of
 from exporters.images import ImageSet, ImageSetError, read_images, read_unlabelled
@@ -33,11 +34,10 @@ from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish
 from exporters.reporting import FP32, FULL, FittedVariant, Images, provenance, report
 from exporters.schedule_search import find_schedule
 from exporters.sources.base import Loaded, Network, Published, SourceError
-from exporters.validation import ValidationError, validate, validate_quantized
+from exporters.validation import ValidationError, validate
 from exporters.vit_export import ViTExport
 from models.manifest import (
     NAME_PATTERN,
-    Certificate,
     ExitSpec,
     HardwareTarget,
     ModelManifest,
@@ -86,7 +86,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         (build / LABELS_FILE).write_text("\n".join(network.labels) + "\n")
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
         stages = exported.stages()
-        draft = _manifest(config, stages, spec, build, {name: _no_exits(stages) for name in variants}, {})
+        draft = _manifest(config, stages, spec, build, variants, {})
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
         progress.step("validating")
@@ -97,16 +97,14 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         progress.step("fitting exits and evaluating")
         if config.unlabelled:
             images = _answered(images, full or backends[FP32], len(stages))
-        fitted = _fit(config, stages, backends, images, unseen, progress)
+        fitted = fit_variants(config, stages, backends, images, unseen, progress)
         found = report(fitted, draft, images, difference, full)
         shutil.rmtree(build / FULL, ignore_errors=True)
         origin = provenance(config, network, images) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
         (build / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, found, origin))
-        exits = {name: variant.exits for name, variant in fitted.items()}
-        certificates = {name: variant.certificate for name, variant in fitted.items()}
         progress.step("publishing")
-        return publish(build, _manifest(config, stages, spec, build, exits, origin, certificates), config.repository)
+        return publish(build, _manifest(config, stages, spec, build, fitted, origin), config.repository)
 
 
 def check(config: ExportConfig) -> None:
@@ -197,51 +195,6 @@ def _write_variants(
     return [*graphs], kept_fp32
 
 
-def _fit(
-    config: ExportConfig,
-    stages: Sequence[StageSpec],
-    backends: Mapping[str, OrtBackend],
-    images: Images,
-    unseen: Array,
-    progress: Progress,
-) -> dict[str, FittedVariant]:
-    """Each variant's exits, and what can be proved of them.
-
-    Raises:
-        ValidationError: a variant differs too much from fp32 on the fitting images.
-    """
-    costs, labels = [stage.gmacs for stage in stages], images.fitting.labels
-    how = replace(config.exits, labelled=not config.unlabelled)
-    logits = {name: logits_per_exit(each, len(costs), images.fitting.pixels, progress) for name, each in backends.items()}
-    for name in [name for name in backends if name != FP32]:
-        validate_quantized(name, logits[FP32][-1], logits[name][-1], labels, config.quantization)
-    fitted = {}
-    for name, backend in backends.items():
-        seen = [each[unseen] for each in logits[name]], labels[unseen]
-        certificate, bound = None, ""
-        if images.apart is None or config.bound is None or len(costs) == 1:
-            exits = fit_exits(*seen, costs, how)
-            if config.bound is not None and len(costs) > 1:
-                bound = too_few(len(images.fitting), config.bound)
-        else:
-            apart = logits_per_exit(backend, len(costs), images.apart.pixels, progress), images.apart.labels
-            certified = certified_exits(
-                seen,
-                apart,
-                costs,
-                how,
-                config.bound,
-                images_sha256=images.apart.sha256,
-                risk="disagreement" if config.unlabelled else "accuracy",
-            )
-            exits, certificate, bound = certified.exits, certified.certificate, certified.reason
-        if bound:
-            progress.step(f"{name}: {bound}")
-        test_logits = logits_per_exit(backend, len(costs), images.test.pixels, progress)
-        fitted[name] = FittedVariant(backend, exits, test_logits, certificate, bound)
-    return fitted
-
-
 def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images:
     """Read, and half of those to fit on set apart where exits are to be certified and there are enough."""
     spec, labels = network.preprocess, network.labels
@@ -255,7 +208,9 @@ def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images
         name: read_images(path, labels, spec, folders=config.other_folders, progress=progress)
         for name, path in config.other_images.items()
     }
-    apart = None if config.bound is None or network.num_stages == 1 else split(len(fitting), config.bound)
+    apart = None
+    if config.bound is not None and network.num_stages > 1:
+        apart = split(len(fitting), replace(config.bound, epsilon=config.exits.max_accuracy_drop))
     if apart is None:
         return Images(fitting, None, test, others)
     return Images(_part(fitting, ~apart), _part(fitting, apart), test, others)
@@ -281,7 +236,7 @@ def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBacken
     write_stages(build / FULL, exported.graphs())
     for file in (LABELS_FILE, GOLDEN_FILE):
         (build / file).touch()  # the manifest must name them
-    manifest = _manifest(config, exported.stages(), network.preprocess, build, {FULL: _no_exits(exported.stages())}, {})
+    manifest = _manifest(config, exported.stages(), network.preprocess, build, [FULL], {})
     return OrtBackend(build, manifest, FULL, one_thread())
 
 
@@ -297,21 +252,24 @@ def _manifest(
     stages: tuple[StageSpec, ...],
     preprocess: PreprocessSpec,
     build: Path,
-    exits: Mapping[str, tuple[ExitSpec, ...]],
+    fitted: Iterable[str] | Mapping[str, FittedVariant],
     origin: Mapping[str, str],
-    certificates: Mapping[str, Certificate | None] | None = None,
 ) -> ModelManifest:
-    variants = tuple(
-        VariantSpec(
-            name=name,
-            targets=TARGETS.get(name, EVERYWHERE),
-            files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(stages))),
-            exits=variant_exits,
-            golden_atol=GOLDEN_ATOL.get(name, GOLDEN_ATOL[FP32]),
-            certificate=(certificates or {}).get(name),
+    """Of variants that were fitted, or, before that, of their names alone: then nobody leaves early."""
+    variants = []
+    for name in fitted:
+        found = fitted[name] if isinstance(fitted, Mapping) else None
+        variants.append(
+            VariantSpec(
+                name=name,
+                targets=TARGETS.get(name, EVERYWHERE),
+                files=tuple(f"{name}/stage_{index}.onnx" for index in range(len(stages))),
+                exits=_no_exits(stages) if found is None else found.exits,
+                golden_atol=GOLDEN_ATOL.get(name, GOLDEN_ATOL[FP32]),
+                certificate=None if found is None else found.certificate,
+                points=() if found is None else found.points,
+            )
         )
-        for name, variant_exits in exits.items()
-    )
     return ModelManifest(
         name=config.name,
         version=config.version,
@@ -319,7 +277,7 @@ def _manifest(
         golden_file=GOLDEN_FILE,
         preprocess=preprocess,
         stages=stages,
-        variants=variants,
+        variants=tuple(variants),
         files=checksums(build),
         provenance=dict(origin),
     )

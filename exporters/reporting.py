@@ -15,9 +15,10 @@ from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters.config import ExportConfig
 from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.exit_fitting import with_thresholds
 from exporters.images import ImageSet
 from exporters.sources.base import Loaded
-from models.manifest import Certificate, ExitSpec, ModelManifest
+from models.manifest import Certificate, ExitSpec, ModelManifest, OperatingPoint
 
 FP32 = "fp32"  # the variant that the others are compared with
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
@@ -25,13 +26,14 @@ FULL = "full"  # fp32 without token reduction: what a reduced version is compare
 
 @dataclass(frozen=True, slots=True)
 class FittedVariant:
-    """One variant after fitting; `bound` is what could be proved of its exits, or why nothing could, in words."""
+    """One variant after fitting; `bounds` is what could be proved, or why nothing could, in words."""
 
     backend: OrtBackend
     exits: tuple[ExitSpec, ...]
     test_logits: list[FloatArray]
-    certificate: Certificate | None
-    bound: str
+    certificate: Certificate | None  # of the exits
+    points: tuple[OperatingPoint, ...]  # besides them
+    bounds: dict[str, str]  # of each operating point, the exits' first
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ def report(
         "machine": f"{platform.machine()}, {platform.system()}, one thread",
         "fitted_on": {"images": len(images.fitting), "sha256": images.fitting.sha256},
         "certified_on": {"images": 0 if images.apart is None else len(images.apart)},
-        "bounds": {name: variant.bound for name, variant in fitted.items()},
+        "bounds": {name: variant.bounds for name, variant in fitted.items()},
+        "points": {name: _points(variant, manifest, test, reference) for name, variant in fitted.items()},
         "tested_on": {"images": len(test), "sha256": test.sha256},
         "largest_logit_difference_to_source": float(f"{difference:.2e}"),
         "gmacs_by_stage": [round(stage.gmacs, 6) for stage in manifest.stages],
@@ -82,6 +85,16 @@ def report(
             for name, variant in fitted.items()
         },
         "other_images": {name: _on_other_images(fitted, manifest, others) for name, others in images.others.items()},
+    }
+
+
+def _points(variant: FittedVariant, manifest: ModelManifest, test: ImageSet, reference: FloatArray) -> dict[str, object]:
+    """What each further operating point does on the test images."""
+    return {
+        point.name: evaluate(
+            variant.test_logits, test.labels, with_thresholds(variant.exits, point.thresholds), manifest.stages, reference
+        )["operating_point"]
+        for point in variant.points
     }
 
 

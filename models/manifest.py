@@ -18,6 +18,8 @@ PIXELS = "pixels"  # the input of stage 0
 LOGITS = "logits"  # every stage has this output; the others are its state
 BATCH: Final = "B"  # how a shape writes its one free axis
 
+FULL, BALANCED = "full", "balanced"  # the operating points that every variant has: all stages, and its own exits
+
 NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -145,6 +147,14 @@ class Certificate(_Frozen):
         return f"{what} against {self.compared_with}, with {100 * (1 - self.delta):.3g} % confidence ({self.images} images)"
 
 
+class OperatingPoint(_Frozen):
+    """A further choice of thresholds for the same exits, which a request may ask for as `quality`."""
+
+    name: Name
+    thresholds: tuple[float, ...] = Field(description="Of every exit but the last, in place of its own.")
+    certificate: Certificate | None = Field(default=None, description="None where too few images could prove it.")
+
+
 class VariantSpec(_Frozen):
     """The same stages at one precision: the files, where they may run, and the exits fitted on exactly these files."""
 
@@ -156,6 +166,18 @@ class VariantSpec(_Frozen):
     certificate: Certificate | None = Field(
         default=None, description="Of these exits; none where too few images could prove it."
     )
+    points: tuple[OperatingPoint, ...] = Field(
+        default=(), description="Further operating points, each faster than the one before; these exits are `balanced`."
+    )
+
+    @model_validator(mode="after")
+    def _points_fit(self) -> Self:
+        names = [FULL, BALANCED, *(point.name for point in self.points)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two operating points have the same name: {names}")
+        if wrong := [point.name for point in self.points if len(point.thresholds) != len(self.exits) - 1]:
+            raise ValueError(f"the points {wrong} need a threshold for each of {len(self.exits) - 1} early exits")
+        return self
 
 
 class ModelManifest(_Frozen):

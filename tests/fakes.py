@@ -41,13 +41,14 @@ def make_item(number: int) -> WorkItem:
     return WorkItem({PIXELS: pixels(number)}, loop.create_future(), queued_at=loop.time())
 
 
-def make_policy(num_stages: int = NUM_STAGES) -> ExitPolicy:
-    """Images leave where they are surer than 0.9."""
+def make_policy(num_stages: int = NUM_STAGES, points: Sequence[Sequence[float | None]] | None = None) -> ExitPolicy:
+    """Images leave where they are surer than 0.9, or by the thresholds of operating points."""
     return ExitPolicy(
         [
             ExitSpec(score="max_softmax", temperature=1.0, threshold=THRESHOLD if stage < num_stages - 1 else None)
             for stage in range(num_stages)
-        ]
+        ],
+        points,
     )
 
 

@@ -23,6 +23,9 @@ class ClassifyFields(BaseModel):
     model: str | None = Field(None, description="Model to use; unset: the default one.")
     version: int | None = Field(None, ge=1, description="Version of the model; unset: the highest loaded.")
     top_k: int | None = Field(None, description="How many classes to answer with; unset: 5, or all if there are fewer.")
+    quality: str | None = Field(
+        None, description="Operating point: full, balanced, or one that the model adds; unset: its default."
+    )
 
 
 class ClassifyJson(ClassifyFields):
@@ -78,8 +81,20 @@ class ClassifyResponse(BaseModel):
     model: str
     version: int
     variant: str
+    quality: str = Field(description="The operating point that was used.")
+    bound: str = Field(description="What it costs at most against the full depth, in words; empty where that is not proved.")
     request_id: str | None
     results: list[ImageResult]
+
+
+class QualityBody(BaseModel):
+    """An operating point."""
+
+    name: str
+    default: bool = Field(description="Used when a request names none.")
+    thresholds: list[float | None] = Field(description="Of each early exit; null: nobody leaves there.")
+    bound: str = Field(description="What it costs at most against the full depth, in words; empty where that is not proved.")
+    certificate: dict[str, Any] | None = Field(description="The bound in figures, and how it is known; null: not proved.")
 
 
 class ModelBody(BaseModel):
@@ -99,10 +114,7 @@ class ModelBody(BaseModel):
     labels: list[str]
     gmacs_by_stage: list[float] = Field(description="10^9 multiply-adds per image, of each stage alone.")
     exits: list[dict[str, Any]] = Field(description="Score, temperature and threshold of each exit.")
-    bound: str = Field(description="What leaving early costs at most, in words; empty where that is not proved.")
-    certificate: dict[str, Any] | None = Field(
-        description="What these exits cost at most, and how it is known; null: not proved."
-    )
+    qualities: list[QualityBody] = Field(description="Operating points that a request may ask for, most faithful first.")
     provenance: dict[str, str]
 
 

@@ -70,14 +70,15 @@ class StagedPipeline:
                 loop.add_done_callback(self._on_loop_end)
                 self._loops.append(loop)
 
-    def put(self, pixels: Array, future: asyncio.Future[PipelineResult]) -> None:
+    def put(self, pixels: Array, future: asyncio.Future[PipelineResult], point: int = 0) -> None:
         """Take one image through the stages it needs; cancelling the future abandons it.
 
         Args:
             pixels: what stage 0 takes, without the batch axis.
             future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline cannot run any more.
+            point: operating point by which it may leave; images of all points share their batches.
         """
-        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter())
+        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter(), point=point)
         if self.failed or self._closing:
             item.fail(InferenceFailed("the model does not run any more"))
             return
@@ -85,14 +86,14 @@ class StagedPipeline:
         future.add_done_callback(self._forget)
         self._batchers[0].put(item)
 
-    async def submit(self, pixels: Array) -> PipelineResult:
+    async def submit(self, pixels: Array, point: int = 0) -> PipelineResult:
         """As `put`, and wait for the result.
 
         Raises:
             InferenceFailed: as `put`.
         """
         future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
-        self.put(pixels, future)
+        self.put(pixels, future, point)
         return await future
 
     async def close(self) -> None:
@@ -159,7 +160,7 @@ class _Stage:
         if len(output.logits) != len(batch):
             raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
         with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
-            leave, confidence = self._policy.decide(self.index, output.logits)
+            leave, confidence = self._policy.decide(self.index, output.logits, [item.point for item in batch])
             probabilities = self._policy.probabilities(self.index, output.logits)
         finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
         for row, item in enumerate(batch):

@@ -19,6 +19,7 @@ class WorkItem:
     inputs: Mapping[str, Array]  # of one image: no batch axis; replaced by the state after each stage
     future: asyncio.Future[PipelineResult]
     queued_at: float  # reset at each stage
+    point: int = 0  # operating point of its model, by which it may leave
     queue_s: list[float] = field(default_factory=list)
     compute_s: list[float] = field(default_factory=list)
 

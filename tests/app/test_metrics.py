@@ -12,7 +12,16 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from app.metrics import DURATION_BUCKETS, OUTCOMES, PHASES, SIZE_BUCKETS, Metrics, create_registry
 
-BOUNDED = {"model", "version", "target", "variant", "outcome", "phase", "stage"}  # by the repository or by a tuple of ours
+BOUNDED = {
+    "model",
+    "version",
+    "target",
+    "variant",
+    "outcome",
+    "phase",
+    "stage",
+    "quality",
+}  # by the repository or by a tuple of ours
 
 
 def touch(metrics: Metrics) -> None:

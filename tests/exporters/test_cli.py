@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
-from exporters import cli, recipe
+from exporters import cli, fitting, recipe
 from exporters.cli import app as exporter
 from exporters.config import ExportConfig, QuantizationConfig
 from exporters.published import one_thread
@@ -119,7 +119,7 @@ def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path, monkey
     arguments += ["--calibration", str(tmp_path / "images.zip"), "--test", str(tmp_path / "images.zip")]
 
     seen, counts = [], []
-    fit_heads, fit = recipe.fit_exit_heads, recipe.fit_exits
+    fit_heads, fit = recipe.fit_exit_heads, fitting.fit_exits
 
     def heads(model: Any, pixels: np.ndarray, *rest: Any) -> Any:
         seen.append(len(pixels))
@@ -130,9 +130,9 @@ def test_a_checkpoint_can_be_cut_and_its_exits_are_fitted(tmp_path: Path, monkey
         return fit(logits, labels, *rest)
 
     monkeypatch.setattr(recipe, "fit_exit_heads", heads)
-    monkeypatch.setattr(recipe, "fit_exits", exits)
+    monkeypatch.setattr(fitting, "fit_exits", exits)
     cut = CliRunner().invoke(exporter, [*arguments, "--boundaries", "1,2"])
-    assert (seen, counts) == ([24], [6])  # thresholds are fitted on what heads have not seen
+    assert (seen, counts) == ([24], [6, 6])  # thresholds are fitted on what heads have not seen, for two operating points
     wrong = CliRunner().invoke(exporter, [*arguments, "--version", "2", "--boundaries", "1,3"])
 
     assert cut.exit_code == 0, cut.output

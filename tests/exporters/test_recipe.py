@@ -12,7 +12,7 @@ import pytest
 
 from app.runtime.cpu import has_exact_int8
 from exporters import recipe
-from exporters.config import BoundConfig
+from exporters.config import BoundConfig, ExitConfig
 from exporters.publishing import AlreadyPublished
 from exporters.sources.base import SourceError
 from exporters.validation import ValueMismatch
@@ -132,7 +132,8 @@ def test_without_labels_the_networks_own_answers_stand_for_them(inputs: Path, tm
 def test_exits_are_certified_where_there_are_images_enough(inputs: Path, tmp_path: Path) -> None:
     """On half of them, that had no part in fitting; manifest, report and card say what is promised, of every variant."""
     said = Listener()
-    config = replace(make_config(inputs, tmp_path), bound=BoundConfig(epsilon=0.6, delta=0.2))
+    config = replace(make_config(inputs, tmp_path), bound=BoundConfig(delta=0.2), fast_drop=0.8)
+    config = replace(config, exits=ExitConfig(max_accuracy_drop=0.6))
 
     directory = recipe.run(config, said)
 
@@ -143,9 +144,12 @@ def test_exits_are_certified_where_there_are_images_enough(inputs: Path, tmp_pat
         assert variant.certificate is not None
         assert (variant.certificate.epsilon, variant.certificate.images) == (0.6, 10)
         assert variant.certificate.images_sha256 == manifest.provenance["fitting_images_sha256"]
-        assert str(variant.certificate) == report["bounds"][variant.name]
-        assert f"- {variant.name}: {variant.certificate}." in card
-        assert f"{variant.name}: {variant.certificate}" in said.steps
+        assert report["bounds"][variant.name]["balanced"] == str(variant.certificate)
+        assert f"- {variant.name}, balanced: {variant.certificate}." in card
+        assert f"{variant.name}, balanced: {variant.certificate}" in said.steps
+        (fast,) = variant.points
+        assert (fast.name, fast.certificate.epsilon) == ("fast", 0.8)
+        assert f"| {variant.name}, fast | " in card
     assert "of other images, of single ones and of single classes it says nothing" in card
 
 
@@ -156,7 +160,10 @@ def test_too_few_images_to_certify_are_said_to_be_too_few(inputs: Path, tmp_path
     assert [variant.certificate for variant in ModelManifest.load(directory).variants] == [None]
     report = json.loads((directory / "report.json").read_text())
     assert (report["fitted_on"]["images"], report["certified_on"]["images"]) == (20, 0)
-    assert "to prove that exits cost at most 0.5 points, with 95 % confidence, takes at least" in report["bounds"]["fp32"]
+    assert (
+        "to prove that exits cost at most 0.5 points, with 95 % confidence, takes at least"
+        in report["bounds"]["fp32"]["balanced"]
+    )
     assert "and there are 20" in (directory / "MODEL_CARD.md").read_text()
 
 

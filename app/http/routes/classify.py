@@ -18,6 +18,7 @@ from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, ans
 from app.http.uploads import read_upload
 from app.log import request_id
 from app.metrics import Metrics
+from app.quality import Rung
 from app.service import InferenceService, LoadedModel, outcome_of
 from app.settings import Settings
 from app.types import Prediction
@@ -60,14 +61,14 @@ async def _handle(request: Request) -> Response:
 DIRECT = {("POST", "/v1/classify"): _handle}
 
 
-def _query(request: Request) -> tuple[str | None, int | None, int | None]:
+def _query(request: Request) -> tuple[str | None, int | None, int | None, str | None]:
     if not request.scope["query_string"]:
-        return None, None, None
+        return None, None, None, None
     try:
         fields = ClassifyFields.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
-    return fields.model, fields.version, fields.top_k
+    return fields.model, fields.version, fields.top_k, fields.quality
 
 
 router = APIRouter(tags=["classify"], route_class=_DirectRoute)
@@ -122,6 +123,9 @@ async def classify(
     model: Annotated[str | None, Query(description="Model to use; unset: the default one.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Version of the model; unset: the highest loaded.")] = None,
     top_k: Annotated[int | None, Query(description="How many classes to answer with; unset: 5, or all if fewer.")] = None,
+    quality: Annotated[
+        str | None, Query(description="Operating point: full, balanced, or one that the model adds; unset: its default.")
+    ] = None,
 ) -> Response:
     """Send the image as the body (`curl --data-binary @photo.jpg`), one or several as multipart files, or JSON with base64.
 
@@ -141,18 +145,24 @@ async def classify(
         wanted = _either("top_k", top_k, fields.top_k)
         if wanted is None:
             wanted = min(DEFAULT_TOP_K, len(chosen.labels))
-        classified = service.classify(upload.images, permit, model=chosen, top_k=wanted, started=request.state.started)
+        asked = _either("quality", quality, fields.quality)
+        rung = chosen.rung(asked)
+        classified = service.classify(
+            upload.images, permit, model=chosen, top_k=wanted, quality=asked, started=request.state.started
+        )
         answers = await _while_connected(request, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
         raise answers[0]
-    return _answer(chosen, answers)
+    return _answer(chosen, rung, answers)
 
 
-def _answer(model: LoadedModel, answers: list[Prediction | ServiceError]) -> Response:
+def _answer(model: LoadedModel, rung: Rung, answers: list[Prediction | ServiceError]) -> Response:
     body = {
         "model": model.manifest.name,
         "version": model.manifest.version,
         "variant": model.variant,
+        "quality": rung.name,
+        "bound": rung.bound,
         "request_id": request_id.get(),
         "results": [answer_body(answer) for answer in answers],
     }

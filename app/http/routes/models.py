@@ -6,7 +6,8 @@ from fastapi import APIRouter
 
 from app.http.dependencies import ServiceDep
 from app.http.errors import problem_responses
-from app.http.schemas import ModelBody, ModelsResponse
+from app.http.schemas import ModelBody, ModelsResponse, QualityBody
+from app.quality import Rung
 from app.service import InferenceService, LoadedModel
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
@@ -50,7 +51,16 @@ def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
         labels=list(model.labels),
         gmacs_by_stage=[round(stage.gmacs, 6) for stage in manifest.stages],
         exits=[exit_.model_dump() for exit_ in variant.exits],
-        bound="" if variant.certificate is None else str(variant.certificate),
-        certificate=None if variant.certificate is None else variant.certificate.model_dump(),
+        qualities=[_quality(rung, default=index == model.default_point) for index, rung in enumerate(model.ladder)],
         provenance=manifest.provenance,
+    )
+
+
+def _quality(rung: Rung, *, default: bool) -> QualityBody:
+    return QualityBody(
+        name=rung.name,
+        default=default,
+        thresholds=[None if threshold is None or threshold > 1 else threshold for threshold in rung.thresholds[:-1]],
+        bound=rung.bound,
+        certificate=None if rung.certificate is None else rung.certificate.model_dump(),
     )

@@ -133,7 +133,8 @@ function showModel() {
     const more = model.classes > labels.length ? ", …" : "";
     if (labels.length) parts.push(make("p", { className: "quiet", textContent: `Knows ${labels.join(", ")}${more}` }));
     if (model.variant_reason) parts.push(make("p", { className: "quiet", textContent: model.variant_reason }));
-    if (model.bound) parts.push(make("p", { className: "quiet", textContent: `Leaving early ${model.bound}.` }));
+    const used = (model.qualities ?? []).find((quality) => quality.default);
+    if (used?.certificate) parts.push(make("p", { className: "quiet", textContent: `Leaving early ${used.bound}.` }));
   }
   byId("model").replaceChildren(...parts);
 }

@@ -159,9 +159,34 @@ async def test_model_and_version_may_be_named_anywhere(served: Served) -> None:
         assert (check_answer(response).model, check_answer(response).version) == (MODEL, 1)
 
 
+async def test_a_request_chooses_its_operating_point(served: Served) -> None:
+    """In the query, in a form field and in JSON; the answer says which it was and what it costs, and the metric counts it."""
+    before = [served.sample("fovea_answered_total", model=MODEL, quality=name) or 0 for name in ("full", "balanced", "fast")]
+    plain = check_answer(await served.classify(JPEG))
+    full = [
+        check_answer(response)
+        for response in (
+            await served.classify(JPEG, params={"quality": "full"}),
+            await served.client.post(CLASSIFY, files=as_files([JPEG]), data={"quality": "full"}),
+            await served.client.post(CLASSIFY, json={"images": [base64_of(JPEG)], "quality": "full"}),
+        )
+    ]
+    fast = check_answer(await served.classify(JPEG, params={"quality": "fast"}))
+
+    assert (plain.quality, fast.quality) == ("balanced", "fast")
+    assert {(answer.quality, answer.bound) for answer in full} == {("full", "every image is taken through all stages")}
+    assert {answer.results[0].exit.stage for answer in full} == {2}
+    assert fast.results[0].exit.stage <= plain.results[0].exit.stage
+    after = [served.sample("fovea_answered_total", model=MODEL, quality=name) or 0 for name in ("full", "balanced", "fast")]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [3, 1, 1]
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        {"quality": "full"},
+        {"quality": "best"},
+        {"quality": ""},
         {"top_k": "3"},
         {"top_k": "0"},
         {"top_k": ""},
@@ -194,7 +219,13 @@ async def test_a_parameter_means_the_same_wherever_it_stands(served: Served, val
 
 
 @pytest.mark.parametrize(
-    ("query", "body"), [({"top_k": 3}, {"top_k": 4}), ({"model": MODEL}, {"model": "other"}), ({"version": 1}, {"version": 2})]
+    ("query", "body"),
+    [
+        ({"top_k": 3}, {"top_k": 4}),
+        ({"model": MODEL}, {"model": "other"}),
+        ({"version": 1}, {"version": 2}),
+        ({"quality": "full"}, {"quality": "fast"}),
+    ],
 )
 @pytest.mark.parametrize("form", ["multipart", "json"])
 async def test_a_parameter_said_twice_differently_is_refused(

@@ -59,11 +59,14 @@ async def test_a_certificate_is_told_in_full_and_in_words(tiny_repository: Path,
     async with running(make_settings(tmp_path)) as served:
         (told,) = (await served.client.get("/v1/models")).json()["models"]
 
-    assert (plain["bound"], plain["certificate"]) == ("", None)
-    assert told["bound"] == (
+    assert [each["name"] for each in plain["qualities"]] == ["full", "balanced", "fast"]
+    assert [each["default"] for each in plain["qualities"]] == [False, True, False]
+    assert plain["qualities"][0]["thresholds"] == [None, None]
+    assert (plain["qualities"][1]["bound"], plain["qualities"][1]["certificate"]) == ("", None)
+    assert told["qualities"][1]["bound"] == (
         "loses at most 0.5 points of accuracy against the last exit of the same variant, with 95 % confidence (2500 images)"
     )
-    assert told["certificate"] == certificate.model_dump()
+    assert told["qualities"][1]["certificate"] == certificate.model_dump()
 
 
 @pytest.mark.parametrize(

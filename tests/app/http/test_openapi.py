@@ -98,9 +98,11 @@ async def test_errors_are_described_as_what_they_are(document: dict[str, Any]) -
 async def test_every_field_of_the_answer_is_there(document: dict[str, Any]) -> None:
     """The answer is written by hand, so the description could have forgotten one."""
     schemas = document["components"]["schemas"]
-    assert {"model", "version", "variant", "request_id", "results"} == set(schemas["ClassifyResponse"]["properties"])
+    assert {"model", "version", "variant", "quality", "bound", "request_id", "results"} == set(
+        schemas["ClassifyResponse"]["properties"]
+    )
     assert {"predictions", "exit", "timings_ms", "error"} == set(schemas["ImageResult"]["properties"])
     media_types = set(document["paths"][CLASSIFY]["post"]["requestBody"]["content"])
     assert {"image/jpeg", "image/png", "multipart/form-data", "application/json"} <= media_types
     parameters = {parameter["name"] for parameter in document["paths"][CLASSIFY]["post"]["parameters"]}
-    assert {"model", "version", "top_k"} == parameters
+    assert {"model", "version", "top_k", "quality"} == parameters

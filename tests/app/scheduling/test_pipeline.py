@@ -20,6 +20,7 @@ from app.types import PipelineResult, StageExecutor, StageOutput
 from models.manifest import PIXELS
 from tests.fakes import (
     NUM_STAGES,
+    THRESHOLD,
     VIRTUAL_TIME,
     FakeBackend,
     FakeExecutor,
@@ -41,12 +42,17 @@ def anyio_backend() -> object:
 
 @asynccontextmanager
 async def pipeline_on(
-    executor: StageExecutor, metrics: Metrics, *, max_batch_size: int = 4, max_queue_delay_s: float = 0.0
+    executor: StageExecutor,
+    metrics: Metrics,
+    *,
+    max_batch_size: int = 4,
+    max_queue_delay_s: float = 0.0,
+    points: list[list[float | None]] | None = None,
 ) -> AsyncIterator[StagedPipeline]:
     """A started pipeline, closed afterwards."""
     pipeline = StagedPipeline(
         executor,
-        make_policy(),
+        make_policy(points=points),
         input_name=PIXELS,
         model="m",
         metrics=metrics,
@@ -96,6 +102,22 @@ async def test_order_and_identity_survive_rebatching_across_stages(metrics: Metr
     first_batch_of = {number: index for index, batch in enumerate(executor.batches(0)) for number in batch}
     mixed = [batch for batch in executor.batches(1) if len({first_batch_of[number] for number in batch}) > 1]
     assert mixed, "no batch of stage 1 was formed of images of several batches of stage 0: the test shows nothing"
+
+
+async def test_images_of_several_operating_points_share_their_batches(metrics: Metrics) -> None:
+    """One that wants the full depth goes on where others leave, and all get their own answers."""
+    executor = FakeExecutor({})  # sure from the first stage on
+
+    async with pipeline_on(executor, metrics, points=[[2.0, 2.0, None], [THRESHOLD, THRESHOLD, None]]) as pipeline:
+        points = [0, 1, 1, 0]
+        tasks = [asyncio.create_task(pipeline.submit(pixels(number), point)) for number, point in enumerate(points)]
+        await settle()
+        results = await asyncio.gather(*tasks)
+
+    assert [result.exit.stage for result in results] == [2, 0, 0, 2]
+    assert [answered_number(result) for result in results] == [0, 1, 2, 3]
+    assert executor.batches(0) == [[0, 1, 2, 3]]
+    assert executor.batches(2) == [[0, 3]]
 
 
 async def test_each_stage_sees_only_the_survivors_of_the_one_before(metrics: Metrics) -> None:

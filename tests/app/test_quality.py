@@ -1,0 +1,86 @@
+"""The ladder of operating points: what a variant has, and what a request may ask for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from app.errors import InvalidRequest
+from app.exits import ExitPolicy
+from app.quality import Ladder
+from models.manifest import Certificate, ExitSpec, HardwareTarget, OperatingPoint, VariantSpec
+
+CERTIFICATE = Certificate(
+    risk="accuracy",
+    compared_with="the last exit of the same variant",
+    epsilon=0.02,
+    delta=0.1,
+    images=400,
+    images_sha256="0" * 64,
+    method="a test",
+    limits="everything else",
+)
+
+
+def variant(*points: OperatingPoint, stages: int = 3) -> VariantSpec:
+    exits = [ExitSpec(score="max_softmax", temperature=1.0, threshold=0.9) for _ in range(stages - 1)]
+    return VariantSpec(
+        name="fp32",
+        targets=(HardwareTarget.CPU,),
+        files=tuple(f"{stage}.onnx" for stage in range(stages)),
+        exits=(*exits, ExitSpec(score="max_softmax", temperature=1.0, threshold=None)),
+        golden_atol=1e-3,
+        points=points,
+    )
+
+
+FAST = OperatingPoint(name="fast", thresholds=(0.5, 0.6), certificate=CERTIFICATE)
+
+
+def test_every_variant_is_full_and_balanced_and_what_it_adds() -> None:
+    """Most faithful first; the bound is the certificate's, and at the full depth nothing is lost."""
+    ladder = Ladder(variant(FAST))
+
+    assert [rung.name for rung in ladder] == ["full", "balanced", "fast"]
+    assert [rung.thresholds[-1] for rung in ladder] == [None] * 3
+    assert ladder[1].thresholds == (0.9, 0.9, None)
+    assert ladder[2].thresholds == (0.5, 0.6, None)
+    assert [rung.bound for rung in ladder][:2] == ["every image is taken through all stages", ""]
+    assert ladder[2].bound == str(CERTIFICATE)
+    assert "at most 2 points of accuracy against the last exit of the same variant, with 90 % confidence" in ladder[2].bound
+    assert [ladder.index(name) for name in ("full", "balanced", "fast")] == [0, 1, 2]
+    with pytest.raises(InvalidRequest, match="quality is 'best'; this model has full, balanced, fast"):
+        ladder.index("best")
+
+
+def test_one_stage_is_always_the_full_depth() -> None:
+    """There is nothing to leave early."""
+    assert [rung.is_full for rung in Ladder(variant(stages=1))] == [True, True]
+
+
+def test_images_of_a_batch_leave_by_their_own_operating_point() -> None:
+    """The same confidence is enough for one and not for another; behind the last stage all leave."""
+    fitted = variant(FAST)
+    policy = ExitPolicy(fitted.exits, Ladder(fitted).thresholds)
+    logits = np.log(np.array([[0.7, 0.3]] * 3 + [[0.95, 0.05]] * 3 + [[1.0, 1e-30]], dtype=np.float32))
+
+    leave, _ = policy.decide(0, logits, [0, 1, 2, 0, 1, 2, 0])
+
+    assert leave.tolist() == [False, False, True, False, True, True, False]  # not even the surest at the full depth
+    assert policy.decide(2, logits, [0, 1, 2, 0, 1, 2, 0])[0].all()
+    assert ExitPolicy(fitted.exits).decide(0, logits)[0].tolist() == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("points", "word"),
+    [
+        ((FAST, FAST), "the same name"),
+        ((FAST.model_copy(update={"name": "full"}),), "the same name"),
+        ((OperatingPoint(name="fast", thresholds=(0.5,)),), r"\['fast'\] need a threshold for each of 2 early exits"),
+    ],
+)
+def test_a_ladder_that_makes_no_sense_is_no_manifest(points: tuple[OperatingPoint, ...], word: str) -> None:
+    """Two points of a name, or thresholds that do not fit the exits."""
+    with pytest.raises(ValidationError, match=word):
+        variant(*points)
