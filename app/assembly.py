@@ -165,6 +165,7 @@ def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, me
         pool,
         ExitPolicy(variant.exits, ladder.thresholds),
         input_name=PIXELS,
+        entries=manifest.entries,
         model=manifest.name,
         metrics=metrics,
         max_batch_size=settings.batching.max_batch_size,

@@ -161,6 +161,12 @@ def quantize(context: typer.Context) -> None:
 
 
 @cli.command(context_settings=_HANDED_ON)
+def cascade(context: typer.Context) -> None:
+    """Put two published models one behind the other (needs the `export` extra)."""
+    _exporter("cascade", context.args)
+
+
+@cli.command(context_settings=_HANDED_ON)
 def evaluate(context: typer.Context) -> None:
     """Measure a published version on labelled images (needs the `export` extra)."""
     _exporter("evaluate", context.args)

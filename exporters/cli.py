@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,11 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from app.errors import ServiceError
+from exporters.commands import publish, told
 from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
-from exporters.images import ImageSetError, classes_by_folder
-from exporters.model_card import exits_cost_more
+from exporters.images import classes_by_folder
 from exporters.options import (
     INT8,
     USUAL_CONFIDENCE,
@@ -38,34 +35,15 @@ from exporters.options import (
 )
 from exporters.plan import plan
 from exporters.progress import ConsoleProgress
-from exporters.published import from_report, print_tables, remeasure
-from exporters.publishing import AlreadyPublished
-from exporters.recipe import run
-from exporters.reduction_schedule import ScheduleError
+from exporters.published import print_tables, remeasure
 from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
+from exporters.sources.cascade import CascadeSource, Part
 from exporters.sources.folder import find, from_folder
 from exporters.sources.onnx_file import OnnxSource
 from exporters.sources.published import PublishedSource
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
-from exporters.validation import ValidationError
-from exporters.whole_graph import GraphError
-from models.weights import WeightsError
 from models.zoo import ZOO
-
-# What its user can mend: told in a line, and nothing is published.
-UNUSABLE = (
-    AlreadyPublished,
-    GraphError,
-    ImageSetError,
-    ScheduleError,
-    ServiceError,  # what is exported is loaded as the service would
-    SourceError,
-    ValidationError,
-    WeightsError,
-    json.JSONDecodeError,
-    OSError,  # a full disk, a folder that may not be written
-)
 
 app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
 
@@ -132,7 +110,7 @@ def export(
 ) -> None:
     """Make a published version, fp32 and INT8: of a ViT in stages with exits, of any other classifier in one piece."""
     console = Console()
-    with _told(console):
+    with told(console):
         named = {"--weights": weights, "--checkpoint": checkpoint, "--onnx": onnx}
         if len(given := [option for option, value in named.items() if value is not None]) > 1:
             raise SourceError(f"say one of {' and '.join(given)}")
@@ -201,27 +179,7 @@ def export(
         if dry_run:
             _print_plan(console, plan(config))
         else:
-            _publish(console, config)
-
-
-@contextmanager
-def _told(console: Console) -> Iterator[None]:
-    """What its user can mend ends the command with a line."""
-    try:
-        yield
-    except UNUSABLE as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from error
-
-
-def _publish(console: Console, config: ExportConfig) -> None:
-    with ConsoleProgress.on(console) as progress:
-        directory = run(config, progress)
-    found = from_report(directory)
-    print_tables(console, found)
-    if warning := exits_cost_more(found.variants, config.exits.max_accuracy_drop):
-        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
-    console.print(f"published {directory}", soft_wrap=True)
+            publish(console, config)
 
 
 def _print_plan(console: Console, told: dict[str, str]) -> None:
@@ -282,9 +240,9 @@ def quantize(
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
     console = Console()
-    with _told(console):
+    with told(console):
         stored = PublishedSource(repository, model, source).open().manifest
-        told, published = stored.provenance, PublishedSource(repository, model, stored.version)
+        stated, published = stored.provenance, PublishedSource(repository, model, stored.version)
         config = ExportConfig(
             name=model,
             source=published,
@@ -298,9 +256,9 @@ def quantize(
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             bound=bound_of(max_drop, confidence),
             fast_drop=fast_drop / 100,
-            data=told.get("data", "not stated"),
-            training=told.get("training", "not stated"),
-            licence=told.get("licence", "not stated"),
+            data=stated.get("data", "not stated"),
+            training=stated.get("training", "not stated"),
+            licence=stated.get("licence", "not stated"),
             command=repeated(
                 {
                     "--model": model,
@@ -316,7 +274,62 @@ def quantize(
                 command="quantize",
             ),
         )
-        _publish(console, config)
+        publish(console, config)
+
+
+@app.command()
+def cascade(
+    calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits on.")],
+    test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
+    model: Annotated[str, typer.Option(help="Name of the new model.")],
+    version: Annotated[int, typer.Option(min=1, help="Its version.")],
+    cheap: Annotated[str, typer.Option(help="NAME/VERSION/VARIANT: the model that sees every image.")],
+    dear: Annotated[str, typer.Option(help="Likewise: the model for images that the cheap one is not sure of.")],
+    repository: Annotated[Path, typer.Option(help="Where they are, and where it is published.")] = Path("models/artifacts"),
+    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the dear one's answers stand for them.")] = False,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    max_drop: MaxDrop = 0.5,
+    fast_drop: FastDrop = USUAL_FAST_DROP,
+    confidence: Confidence = USUAL_CONFIDENCE,
+) -> None:
+    """Put two published models one behind the other: the dear one sees what the cheap one is not sure of."""
+    console = Console()
+    with told(console):
+        parts = CascadeSource(repository, Part.parse(cheap), Part.parse(dear))
+        stated = parts.open_dear().manifest.provenance
+        config = ExportConfig(
+            name=model,
+            source=parts,
+            calibration_images=calibration,
+            test_images=test,
+            repository=repository,
+            version=version,
+            unlabelled=unlabelled,
+            folders=numbered(folders),
+            int8=False,
+            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            bound=bound_of(max_drop, confidence),
+            fast_drop=fast_drop / 100,
+            data=stated.get("data", "not stated"),
+            training=stated.get("training", "not stated"),
+            licence=stated.get("licence", "not stated"),
+            command=repeated(
+                {
+                    "--model": model,
+                    "--version": version,
+                    "--cheap": cheap,
+                    "--dear": dear,
+                    "--max-drop": f"{max_drop:g}",
+                    **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
+                    "--folders": folders,
+                    "--calibration": calibration,
+                    "--test": test,
+                },
+                flags=["--unlabelled"] if unlabelled else [],
+                command="cascade",
+            ),
+        )
+        publish(console, config)
 
 
 @app.command()
@@ -334,7 +347,7 @@ def evaluate(
 ) -> None:
     """Measure a published version: accuracy and calibration of each exit, what exits and INT8 cost and save."""
     console = Console()
-    with _told(console):
+    with told(console):
         mapping = None if classes is None else json.loads(classes.read_text())
         names = None if folders is None else lines(folders)
         with ConsoleProgress.on(console) as progress:

@@ -91,8 +91,9 @@ def evaluate(
         reference: logits of the fp32 variant's last exit, for agreement.
     """
     routing = route(logits, exits)
-    cost_through = np.cumsum([stage.gmacs for stage in stages])
-    full = cost_through[-1]
+    costs = [stage.gmacs for stage in stages]
+    cost_through = np.cumsum(costs)
+    full = sum(costs[full_depth_from(stages) :])
     right = routing.predicted == labels
     exits_cost, exits_cost_within = paired_loss(logits[-1].argmax(axis=1) == labels, right)
     int8_cost, int8_cost_within = paired_loss(reference.argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels)
@@ -124,6 +125,11 @@ def evaluate(
     }
 
 
+def full_depth_from(stages: Sequence[StageSpec]) -> int:
+    """Where an image begins that is to go through all stages: at the last network of a cascade, else at the first stage."""
+    return max(index for index, stage in enumerate(stages) if any(tensor.name == PIXELS for tensor in stage.inputs))
+
+
 def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
     """Share of images whose label is among the k likeliest; equal logits count against it."""
     of_label = logits[np.arange(len(labels)), labels][:, None]
@@ -132,7 +138,7 @@ def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
 
 
 def milliseconds_per_image(
-    backends: Mapping[str, Backend], exits: Mapping[str, Sequence[ExitSpec]], pixels: Array
+    backends: Mapping[str, Backend], exits: Mapping[str, Sequence[ExitSpec]], pixels: Array, *, full_from: int = 0
 ) -> dict[str, dict[str, float]]:
     """Median time of an image in each variant, without exits and with them; one thread, batch 8, all of them in turn.
 
@@ -141,6 +147,7 @@ def milliseconds_per_image(
     Args:
         backends: by variant; exits: likewise.
         pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed, for about half a minute at most.
+        full_from: the stage where images begin without exits: `full_depth_from`.
     """
     few = _spread(pixels, MIN_TIMED_IMAGES)
     started = time.perf_counter()
@@ -154,7 +161,7 @@ def milliseconds_per_image(
             for way in ("without_exits", "with_exits"):
                 policy = ExitPolicy(exits[name]) if way == "with_exits" else None
                 started = time.perf_counter()
-                _run_in_batches(backend, len(exits[name]), policy, pixels)
+                _run_in_batches(backend, len(exits[name]), policy, pixels, first=full_from if policy is None else 0)
                 seconds.setdefault((name, way), []).append(time.perf_counter() - started)
     return {
         name: {
@@ -169,9 +176,9 @@ def _spread(pixels: Array, wanted: int) -> Array:
     return pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), wanted)).round().astype(np.int64)]
 
 
-def _run_in_batches(backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array) -> None:
+def _run_in_batches(backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array, *, first: int = 0) -> None:
     inputs: dict[str, Array] = {PIXELS: pixels}
-    for stage in range(num_stages):
+    for stage in range(first, num_stages):
         count = len(next(iter(inputs.values())))
         survivors: dict[str, list[Array]] = {}
         for start in range(0, count, TIMED_BATCH):

@@ -12,11 +12,13 @@ from exporters.config import ExportConfig
 from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import fit_exits
 from exporters.progress import Progress
-from exporters.reporting import FP32, FittedVariant, Images
+from exporters.reporting import FittedVariant, Images
+from exporters.risk_control import images_needed
 from exporters.validation import validate_quantized
 from models.manifest import BALANCED, OperatingPoint, StageSpec
 
 FAST = "fast"
+ALREADY_SEEN = "no bound: INT8 or a schedule was fitted on these images before; certify on others"
 Answers = tuple[Sequence[FloatArray], Array]  # logits (N, C) of every exit, and labels (N,)
 
 
@@ -33,7 +35,7 @@ def fit_variants(
     Args:
         config: what exits may cost, and what is to be proved.
         stages: for their costs.
-        backends: by variant, fp32 among them.
+        backends: by variant, the one that the others are compared with first.
         images: whose labels are the network's own answers where there are none.
         unseen: which of the fitting images exits are fitted on, bool (N,): those that heads have not seen.
         progress: told what is proved.
@@ -43,8 +45,9 @@ def fit_variants(
     """
     costs, labels = [stage.gmacs for stage in stages], images.fitting.labels
     logits = {name: logits_per_exit(each, len(costs), images.fitting.pixels, progress) for name, each in backends.items()}
-    for name in [name for name in backends if name != FP32]:
-        validate_quantized(name, logits[FP32][-1], logits[name][-1], labels, config.quantization)
+    base, *others = backends
+    for name in others:
+        validate_quantized(name, logits[base][-1], logits[name][-1], labels, config.quantization)
     fitted = {}
     for name, backend in backends.items():
         seen: Answers = [each[unseen] for each in logits[name]], labels[unseen]
@@ -73,7 +76,10 @@ def _exits_at(
     how = replace(config.exits, max_accuracy_drop=drop, labelled=not config.unlabelled)
     bound = None if config.bound is None else replace(config.bound, epsilon=drop)
     if bound is None or apart is None or images.apart is None:
-        reason = too_few(len(images.fitting), bound) if bound is not None and len(costs) > 1 else ""
+        reason = ""
+        if bound is not None and len(costs) > 1:
+            enough = images_needed("accuracy", bound.epsilon, bound.delta) <= len(images.fitting) // 2
+            reason = ALREADY_SEEN if enough else too_few(len(images.fitting), bound)
         return Certified(fit_exits(*seen, costs, how), None, reason)
     return certified_exits(
         seen,

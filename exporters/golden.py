@@ -39,8 +39,10 @@ def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], 
         inputs: dict[str, Array] = {PIXELS: pixels}
         for index in range(len(manifest.stages)):
             output = backend.run(index, inputs)
-            rounded: dict[str, Array] = {key: _small(value) for key, value in output.state.items()}
+            rounded: dict[str, Array] = {key: _small(value) for key, value in output.state.items() if key != PIXELS}
             inputs = {key: value.astype(np.float32) for key, value in rounded.items()}
+            if PIXELS in output.state:  # of a cascade, for its next network
+                inputs[PIXELS] = pixels
             arrays[golden_key(name, index, LOGITS)] = output.logits
             arrays |= {golden_key(name, index, key): value for key, value in rounded.items()}
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # its stub takes no mapping of arrays

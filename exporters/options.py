@@ -41,9 +41,7 @@ def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:
     return BoundConfig(epsilon=max_drop / 100, delta=1 - confidence / 100)
 
 
-def where_other(
-    target_agreement: float, max_fp32_layers: int, fast_drop: float, confidence: float
-) -> dict[str, object]:
+def where_other(target_agreement: float, max_fp32_layers: int, fast_drop: float, confidence: float) -> dict[str, object]:
     """What was asked for, where it is not what is asked for by default."""
     asked = {
         "--target-agreement": (target_agreement, 100 * INT8.target_agreement),

@@ -14,13 +14,12 @@ from pathlib import Path
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters.config import ExportConfig
-from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import evaluate, full_depth_from, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import with_thresholds
 from exporters.images import ImageSet
 from exporters.sources.base import Loaded
 from models.manifest import Certificate, ExitSpec, ModelManifest, OperatingPoint
 
-FP32 = "fp32"  # the variant that the others are compared with
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published
 
 
@@ -59,11 +58,14 @@ def report(
         full: the network without token reduction, where there is another.
     """
     test = images.test
-    reference = fitted[FP32].test_logits[-1]
+    base = next(iter(fitted))  # fp32, or the only variant of a cascade
+    reference = fitted[base].test_logits[-1]
     backends = {name: variant.backend for name, variant in fitted.items()}
     exits = {name: variant.exits for name, variant in fitted.items()}
     without_reduction: dict[str, object] = {}
-    times = milliseconds_per_image(backends | ({FULL: full} if full else {}), exits | {FULL: exits[FP32]}, test.pixels)
+    timed = backends | ({FULL: full} if full else {})
+    full_from = full_depth_from(manifest.stages)
+    times = milliseconds_per_image(timed, exits | {FULL: exits[base]}, test.pixels, full_from=full_from)
     if full is not None:
         # Everything is told against the network as it came.
         reference = logits_per_exit(full, len(manifest.stages), test.pixels)[-1]
@@ -104,7 +106,7 @@ def _on_other_images(fitted: Mapping[str, FittedVariant], manifest: ModelManifes
         "images": len(images),
         "sha256": images.sha256,
         "variants": {
-            name: evaluate(logits[name], images.labels, variant.exits, manifest.stages, logits[FP32][-1])
+            name: evaluate(logits[name], images.labels, variant.exits, manifest.stages, logits[next(iter(fitted))][-1])
             for name, variant in fitted.items()
         },
     }

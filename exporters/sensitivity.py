@@ -106,7 +106,8 @@ def every_exit(stages: Sequence[onnx.ModelProto], pixels: Array) -> list[FloatAr
             wanted = {node.name for node in session.get_inputs()}
             names = [node.name for node in session.get_outputs()]
             inputs = {name: outputs[name] for name in wanted}
-            outputs = dict(zip(names, session.run(names, inputs), strict=True))
+            pixels_again = {PIXELS: outputs[PIXELS]}  # for the next network of a cascade
+            outputs = pixels_again | dict(zip(names, session.run(names, inputs), strict=True))
             collected[index].append(outputs[LOGITS])
     return [np.concatenate(parts) for parts in collected]
 

@@ -87,7 +87,10 @@ class PreprocessSpec(_Frozen):
 
 
 class StageSpec(_Frozen):
-    """One ONNX file's interface. The first stage takes `pixels`, a later one exactly the state of the stage before."""
+    """One ONNX file's interface. The first stage takes `pixels`, a later one exactly the state of the stage before.
+
+    In a cascade the first stage of the next network takes `pixels` again, and the stage before it hands over nothing.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -198,6 +201,12 @@ class ModelManifest(_Frozen):
     def num_classes(self) -> int:
         return int(self.stages[-1].logits.shape[1])
 
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Stages that take the pixels: the first, and in a cascade the first of each further network."""
+        pixels = self.preprocess.pixels()
+        return tuple(index for index, stage in enumerate(self.stages) if stage.inputs == (pixels,))
+
     def variant(self, name: str) -> VariantSpec:
         """The variant of that name; KeyError when there is none."""
         for variant in self.variants:
@@ -217,6 +226,8 @@ class ModelManifest(_Frozen):
         if len({stage.logits.shape for stage in self.stages}) != 1:
             raise ValueError("all stages must give logits of the same shape")
         for index, (before, stage) in enumerate(zip(self.stages[:-1], self.stages[1:], strict=True), start=1):
+            if stage.inputs == (self.preprocess.pixels(),) and not before.state:
+                continue  # the next network of a cascade
             if not stage.inputs or frozenset(stage.inputs) != before.state:
                 raise ValueError(
                     f"stage {index} takes {sorted(map(str, stage.inputs))}, "

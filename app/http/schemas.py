@@ -167,9 +167,11 @@ def answer_body(answer: Prediction | ServiceError) -> dict[str, Any]:
 
 def server_timing(predictions: Sequence[Prediction]) -> str:
     """The Server-Timing header (W3C) of the image that took longest: decode, queue, compute of each stage, total."""
-    slowest = max(predictions, key=lambda prediction: prediction.timings.total_s).timings
+    chosen = max(predictions, key=lambda prediction: prediction.timings.total_s)
+    slowest = chosen.timings
     parts = [f"decode;dur={_ms(slowest.decode_s)}", f"queue;dur={_ms(sum(slowest.queue_s))}"]
-    parts += [f"stage_{stage};dur={_ms(seconds)}" for stage, seconds in enumerate(slowest.compute_s)]
+    first = chosen.exit.stage + 1 - len(slowest.compute_s)  # not 0 where a cascade's first network is passed over
+    parts += [f"stage_{stage};dur={_ms(seconds)}" for stage, seconds in enumerate(slowest.compute_s, start=first)]
     return ", ".join([*parts, f"total;dur={_ms(slowest.total_s)}"])
 
 

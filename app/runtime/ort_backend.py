@@ -11,7 +11,7 @@ import onnxruntime as ort
 from app.errors import ModelInvalid, StartupError
 from app.runtime.targets import TargetProfile
 from app.types import Array, StageOutput
-from models.manifest import BATCH, LOGITS, ModelManifest, StageSpec, TensorSpec
+from models.manifest import BATCH, LOGITS, PIXELS, ModelManifest, StageSpec, TensorSpec
 
 ORT_TYPES = {"uint8": "tensor(uint8)", "float32": "tensor(float)", "int64": "tensor(int64)"}
 
@@ -31,12 +31,20 @@ class OrtBackend:
             for file, stage in zip(manifest.variant(variant).files, manifest.stages, strict=True)
         ]
         self._output_names = [[tensor.name for tensor in stage.outputs] for stage in manifest.stages]
+        self._last_entry = manifest.entries[-1]  # before it the pixels go along, for the next network of a cascade
 
     def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        """Run one stage on a batch: `inputs` are the arrays the manifest's stage takes, each (B, ...)."""
+        """Run one stage on a batch: `inputs` are what the stage before handed over, or the pixels, each (B, ...)."""
         names = self._output_names[stage]
-        outputs = dict(zip(names, self._sessions[stage].run(names, inputs), strict=True))
-        return StageOutput(logits=outputs.pop(LOGITS), state=outputs)
+        taken, pixels = inputs, None
+        if self._last_entry and PIXELS in inputs:
+            pixels = inputs[PIXELS]
+            taken = {tensor.name: inputs[tensor.name] for tensor in self._stages[stage].inputs}
+        outputs = dict(zip(names, self._sessions[stage].run(names, taken), strict=True))
+        logits = outputs.pop(LOGITS)
+        if pixels is not None and stage < self._last_entry:
+            outputs[PIXELS] = pixels
+        return StageOutput(logits=logits, state=outputs)
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
         """Run every stage once at each batch size, on zeros."""

@@ -26,6 +26,8 @@ class StagedPipeline:
         executor: runs the stages.
         policy: decides who leaves after which stage.
         input_name: the input of stage 0.
+        entries: stages that take that input: the first, and in a cascade the first of each further network. An image starts at
+            the last of them before which its operating point lets nobody leave.
         model: the metrics' label.
     """
 
@@ -35,12 +37,16 @@ class StagedPipeline:
         policy: ExitPolicy,
         *,
         input_name: str,
+        entries: Sequence[int] = (0,),
         model: str,
         metrics: Metrics,
         max_batch_size: int,
         max_queue_delay_s: float,
     ) -> None:
         self._input_name = input_name
+        self._starts = [
+            max(entry for entry in entries if policy.never_leaves_before(entry, point)) for point in range(policy.num_points)
+        ]
         self._model = model
         self._stages = [
             _Stage(index, policy, model=model, metrics=metrics, forward=self._forward) for index in range(policy.num_stages)
@@ -84,7 +90,7 @@ class StagedPipeline:
             return
         self._pending[future] = item
         future.add_done_callback(self._forget)
-        self._batchers[0].put(item)
+        self._batchers[self._starts[point]].put(item)
 
     async def submit(self, pixels: Array, point: int = 0) -> PipelineResult:
         """As `put`, and wait for the result.

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from app.types import FloatArray
-from models.manifest import PreprocessSpec, StageSpec
+from models.manifest import HardwareTarget, PreprocessSpec, StageSpec
 from models.multi_exit import MultiExitViT
 from models.vit_state import Told, network_of
 from models.weights import WeightsError
@@ -58,7 +58,7 @@ class WholeModel:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The stages of a published version, in fp32."""
+    """The stages of a published version, in fp32; or of several, one after the other, as they are."""
 
     graphs: tuple[onnx.ModelProto, ...]
     stages: tuple[StageSpec, ...]
@@ -68,6 +68,9 @@ class Published:
     origin: str  # its name and number, and what it was made from
     token_reduction: str  # that it has already
     fitting_images_sha256: str  # that its exits were fitted on
+    variant: str = "fp32"
+    targets: tuple[HardwareTarget, ...] | None = None  # None: wherever a variant of that name may run
+    fitted_on: tuple[str, ...] = ()  # sha256 of image sets that can certify nothing: the graphs themselves were fitted on them
 
     @property
     def num_stages(self) -> int:

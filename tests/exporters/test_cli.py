@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from app.imaging.preprocess import preprocess
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
-from exporters import cli, fitting, recipe
+from exporters import cli, commands, fitting, recipe
 from exporters.cli import app as exporter
 from exporters.config import ExportConfig, QuantizationConfig
 from exporters.published import one_thread
@@ -51,7 +51,7 @@ def test_the_command_publishes_and_names_no_folder_of_this_machine(inputs: Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["exporters", *arguments])
-        patch.setattr(cli, "exits_cost_more", lambda variants, allowed: f"{', '.join(variants)} beyond {allowed}")
+        patch.setattr(commands, "exits_cost_more", lambda variants, allowed: f"{', '.join(variants)} beyond {allowed}")
         result = CliRunner().invoke(exporter, arguments)
 
     assert result.exit_code == 0, result.output
@@ -348,7 +348,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_p
 def test_what_int8_is_asked_for_reaches_the_export_and_the_card(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said only where it is not what is asked for anyway."""
     seen: list[ExportConfig] = []
-    monkeypatch.setattr(cli, "_publish", lambda _, config: seen.append(config))
+    monkeypatch.setattr(cli, "publish", lambda _, config: seen.append(config))
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
     for further in ([], ["--target-agreement", "99.5", "--max-fp32-layers", "12"]):
