@@ -66,9 +66,9 @@ class ExitPolicy:
     def num_points(self) -> int:
         return int(self._thresholds.shape[1])
 
-    def never_leaves_before(self, stage: int, point: int) -> bool:
-        """Whether no image of this operating point can leave before that stage, however sure."""
-        return bool((self._thresholds[:stage, point] > 1).all())
+    def never_leaves(self, stages: slice, point: int) -> bool:
+        """Whether no image of this operating point can leave at these stages, however sure."""
+        return bool((self._thresholds[stages, point] > 1).all())
 
     def probabilities(self, stage: int, logits: FloatArray) -> FloatArray:
         """Calibrated probabilities of this exit, (..., C) -> (..., C)."""

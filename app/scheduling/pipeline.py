@@ -26,8 +26,8 @@ class StagedPipeline:
         executor: runs the stages.
         policy: decides who leaves after which stage.
         input_name: the input of stage 0.
-        entries: stages that take that input: the first, and in a cascade the first of each further network. An image starts at
-            the last of them before which its operating point lets nobody leave.
+        entries: stages that take that input: the first, and in a cascade the first of each further network. An image passes
+            over networks in which its operating point lets nobody leave.
         model: the metrics' label.
     """
 
@@ -44,8 +44,12 @@ class StagedPipeline:
         max_queue_delay_s: float,
     ) -> None:
         self._input_name = input_name
-        self._starts = [
-            max(entry for entry in entries if policy.never_leaves_before(entry, point)) for point in range(policy.num_points)
+        self._jumps = [
+            {
+                entry: max(to for to in entries if to >= entry and policy.never_leaves(slice(entry, to), point))
+                for entry in entries
+            }
+            for point in range(policy.num_points)
         ]
         self._model = model
         self._stages = [
@@ -90,7 +94,7 @@ class StagedPipeline:
             return
         self._pending[future] = item
         future.add_done_callback(self._forget)
-        self._batchers[self._starts[point]].put(item)
+        self._batchers[self._jumps[point][0]].put(item)
 
     async def submit(self, pixels: Array, point: int = 0) -> PipelineResult:
         """As `put`, and wait for the result.
@@ -116,7 +120,7 @@ class StagedPipeline:
 
     def _forward(self, item: WorkItem, stage: int) -> None:
         item.queued_at = time.perf_counter()
-        self._batchers[stage].put(item)
+        self._batchers[self._jumps[item.point].get(stage, stage)].put(item)
 
     def _on_loop_end(self, loop: asyncio.Task[None]) -> None:
         if loop.cancelled() and self._closing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -48,12 +48,14 @@ async def pipeline_on(
     max_batch_size: int = 4,
     max_queue_delay_s: float = 0.0,
     points: list[list[float | None]] | None = None,
+    entries: Sequence[int] = (0,),
 ) -> AsyncIterator[StagedPipeline]:
     """A started pipeline, closed afterwards."""
     pipeline = StagedPipeline(
         executor,
         make_policy(points=points),
         input_name=PIXELS,
+        entries=entries,
         model="m",
         metrics=metrics,
         max_batch_size=max_batch_size,
@@ -118,6 +120,24 @@ async def test_images_of_several_operating_points_share_their_batches(metrics: M
     assert [answered_number(result) for result in results] == [0, 1, 2, 3]
     assert executor.batches(0) == [[0, 1, 2, 3]]
     assert executor.batches(2) == [[0, 3]]
+
+
+async def test_networks_in_which_nobody_may_leave_are_passed_over(metrics: Metrics) -> None:
+    """Three networks of one stage each: an operating point begins at one, leaves there or goes on to another it names."""
+    executor = FakeExecutor({0: 2, 1: 2, 2: 2, 3: 1})
+    never, all_leave = 2.0, 0.0
+    points = [[never, never, None], [all_leave, never, None], [never, all_leave, None], [THRESHOLD, never, None]]
+
+    async with pipeline_on(executor, metrics, points=points, entries=range(NUM_STAGES)) as pipeline:
+        tasks = [asyncio.create_task(pipeline.submit(pixels(number), point)) for number, point in enumerate([0, 1, 2, 3])]
+        await settle()
+        results = await asyncio.gather(*tasks)
+
+    assert [result.exit.stage for result in results] == [2, 0, 1, 2]
+    assert [len(result.compute_s) for result in results] == [1, 1, 1, 2]
+    assert sorted(number for batch in executor.batches(0) for number in batch) == [1, 3]
+    assert executor.batches(1) == [[2]]
+    assert sorted(number for batch in executor.batches(2) for number in batch) == [0, 3]
 
 
 async def test_each_stage_sees_only_the_survivors_of_the_one_before(metrics: Metrics) -> None:

@@ -1,0 +1,142 @@
+"""Which of several graphs of one network serves which operating point, alone or one behind another, and what is proved of it.
+
+Every route is a choice: all images to one graph, or to a cheap one first and, where it is not sure enough, to a dearer one. The
+images that exits are fitted on say what each costs and loses; those choices that are not beaten in both make a row, from the
+most faithful to the fastest. That row is fixed before the images set apart are looked at, so it can be tested on them in its
+order, and the last that keeps the promise is taken: Laufer-Goldshtein et al., Efficiently Controlling Multiple Risks with
+Pareto Testing, ICLR 2023; the tests are those of `exporters.risk_control`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from app.exits import SCORES
+from app.postprocess import softmax
+from app.types import Array, FloatArray
+from exporters.exit_fitting import NEVER
+from exporters.risk_control import PairedCounts, Risk, last_safe, paired_counts
+
+SHARES = np.linspace(0.05, 0.95, 19)  # of the images that leave at the first graph of two
+BEYOND = 2.0  # the row ends where the images it was made of lose so many times what may be lost
+ALWAYS = 0.0  # below every score: all leave here
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the graphs, cheapest first, and the reference say of some images.
+
+    logits: of each graph, (N, C); reference: the class that the network as it came gives each, (N,); labels: (N,).
+    """
+
+    logits: Sequence[FloatArray]
+    reference: Array
+    labels: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Graphs by their number, cheapest 0: `first`, and `then` for images whose score there is below the threshold.
+
+    ms: mean time of an image. counts: against the reference, on the images that the route was chosen by.
+    """
+
+    first: int
+    then: int | None
+    threshold: float  # of the first; `ALWAYS` where nobody goes on
+    ms: float
+    counts: PairedCounts
+
+    def thresholds(self, num_graphs: int) -> tuple[float, ...]:
+        """Of every graph but the last, as an operating point of a version whose stages are the graphs."""
+        found = [NEVER] * (num_graphs - 1)
+        if self.first < num_graphs - 1:
+            found[self.first] = self.threshold
+        if self.then is not None and self.then < num_graphs - 1:
+            found[self.then] = ALWAYS
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The route for one operating point, whether its loss is proved, and on how many images."""
+
+    route: Route
+    proved: bool
+    counts: PairedCounts  # on the images set apart where there are any, else on those it was chosen by
+
+
+def pareto_row(answers: Answers, ms: Sequence[float], temperatures: Sequence[float], risk: Risk, score: str) -> list[Route]:
+    """All images to the dearest graph; then routes that no other beats in both time and loss, the fastest last.
+
+    Args:
+        answers: on the images that routes are chosen by.
+        ms: time of an image in each graph, cheapest first.
+        temperatures: of each graph's logits.
+        risk: what counts as a loss.
+        score: of `app.exits.SCORES`.
+    """
+    labels = answers.labels if risk == "accuracy" else None
+    predicted = [each.argmax(axis=1) for each in answers.logits]
+    routes = [
+        Route(index, None, ALWAYS, float(ms[index]), paired_counts(answers.reference, predicted[index], labels))
+        for index in range(len(ms))
+    ]
+    for first, then in combinations(range(len(ms)), 2):
+        scores = SCORES[score](softmax(answers.logits[first], temperatures[first]))
+        for threshold in np.unique(np.quantile(scores, 1 - SHARES)):
+            stays = scores < np.float32(threshold)
+            both = np.where(stays, predicted[then], predicted[first])
+            cost = float(ms[first]) + float(ms[then]) * float(stays.mean())
+            routes.append(Route(first, then, float(threshold), cost, paired_counts(answers.reference, both, labels)))
+    row: list[Route] = []
+    for route in sorted(routes, key=lambda each: (each.ms, each.counts.loss)):
+        if not row or route.counts.loss < row[-1].counts.loss:
+            row.append(route)
+    dearest = routes[len(ms) - 1]
+    return [dearest, *(route for route in reversed(row) if route is not dearest)]
+
+
+def answer(route: Route, answers: Answers, temperatures: Sequence[float], score: str) -> Array:
+    """The class that a route gives each image, (N,)."""
+    first = answers.logits[route.first]
+    if route.then is None:
+        return first.argmax(axis=1)
+    sure = SCORES[score](softmax(first, temperatures[route.first])) >= np.float32(route.threshold)
+    found: Array = np.where(sure, first.argmax(axis=1), answers.logits[route.then].argmax(axis=1))
+    return found
+
+
+def choose(
+    row: Sequence[Route],
+    apart: Answers | None,
+    temperatures: Sequence[float],
+    *,
+    epsilon: float,
+    delta: float,
+    risk: Risk = "accuracy",
+    score: str = "max_softmax",
+) -> Found | None:
+    """The fastest route of a row that loses at most epsilon; None where there is none.
+
+    Args:
+        row: from `pareto_row`.
+        apart: images that had no part in the row; None: the row's own figures decide, and nothing is proved.
+        temperatures: of each graph's logits.
+        epsilon: largest loss, a share of the images.
+        delta: largest probability that the route taken loses more.
+        risk: what counts as a loss.
+        score: as the row was made with.
+    """
+    if apart is None:
+        kept = [route for route in row if route.counts.loss <= epsilon]
+        return Found(kept[-1], False, kept[-1].counts) if kept else None
+    within = [route for route in row if route.counts.loss <= BEYOND * epsilon]
+    labels = apart.labels if risk == "accuracy" else None
+    counts = [paired_counts(apart.reference, answer(route, apart, temperatures, score), labels) for route in within]
+    last = last_safe(counts, risk, epsilon, delta)
+    return None if last is None else Found(within[last], True, counts[last])
