@@ -167,6 +167,12 @@ def cascade(context: typer.Context) -> None:
 
 
 @cli.command(context_settings=_HANDED_ON)
+def optimize(context: typer.Context) -> None:
+    """Find the fastest way on this machine to lose no more than said (needs the `export` extra)."""
+    _exporter("optimize", context.args)
+
+
+@cli.command(context_settings=_HANDED_ON)
 def evaluate(context: typer.Context) -> None:
     """Measure a published version on labelled images (needs the `export` extra)."""
     _exporter("evaluate", context.args)

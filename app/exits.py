@@ -66,9 +66,25 @@ class ExitPolicy:
     def num_points(self) -> int:
         return int(self._thresholds.shape[1])
 
-    def never_leaves(self, stages: slice, point: int) -> bool:
-        """Whether no image of this operating point can leave at these stages, however sure."""
-        return bool((self._thresholds[stages, point] > 1).all())
+    def jump(self, stage: int, entries: Sequence[int], point: int = 0) -> int:
+        """Where an image that is to go to a stage really goes: past networks in which its operating point lets nobody leave.
+
+        Args:
+            stage: the next one.
+            entries: stages that begin a network; one of them the first.
+            point: the operating point.
+        """
+        if stage not in entries:
+            return stage
+        passed = self._thresholds[:, point] > 1
+        return max(to for to in entries if to >= stage and passed[stage:to].all())
+
+    def way(self, entries: Sequence[int], point: int = 0) -> list[int]:
+        """The stages that an image goes through that never is sure enough."""
+        stages = [self.jump(0, entries, point)]
+        while stages[-1] < self.num_stages - 1:
+            stages.append(self.jump(stages[-1] + 1, entries, point))
+        return stages
 
     def probabilities(self, stage: int, logits: FloatArray) -> FloatArray:
         """Calibrated probabilities of this exit, (..., C) -> (..., C)."""

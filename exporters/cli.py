@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters.commands import publish, told
+from exporters import search_cli  # noqa: F401 - its commands are the same program's
+from exporters.commands import app, publish, told
 from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import classes_by_folder
@@ -30,27 +31,18 @@ from exporters.options import (
     named_paths,
     numbered,
     numbers,
+    onnx_source,
     repeated,
+    source_of,
     where_other,
 )
 from exporters.plan import plan
 from exporters.progress import ConsoleProgress
 from exporters.published import print_tables, remeasure
-from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
-from exporters.sources.cascade import CascadeSource, Part
-from exporters.sources.folder import find, from_folder
-from exporters.sources.onnx_file import OnnxSource
+from exporters.sources.base import AS_IT_IS, Asked, SourceError
 from exporters.sources.published import PublishedSource
-from exporters.sources.timm_vit import TimmSource
-from exporters.sources.zoo import ZooSource
-from models.zoo import ZOO
 
-app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
-
-
-@app.callback()
-def _group() -> None:
-    """Make published versions out of trained networks, and measure them."""
+__all__ = ["app"]
 
 
 @app.command()
@@ -123,9 +115,9 @@ def export(
                 "do not go with --onnx"
             )
         if onnx is None:
-            source, names = _source(model, weights, timm_config, labels, checkpoint, asked)
+            source, names = source_of(model, weights, timm_config, labels, checkpoint, asked)
         else:
-            source, names = _onnx_source(onnx, preprocessor, labels)
+            source, names = onnx_source(onnx, preprocessor, labels)
         config = ExportConfig(
             name=model,
             source=source,
@@ -190,38 +182,6 @@ def _print_plan(console: Console, told: dict[str, str]) -> None:
     console.print("nothing was written: --dry-run")
 
 
-def _source(
-    model: str,
-    weights: Path | None,
-    timm_config: Path | None,
-    labels: Path | None,
-    checkpoint: str | None,
-    asked: Asked,
-) -> tuple[Source, tuple[str, ...]]:
-    """What the options name, and the labels of its classes."""
-    names = () if labels is None else tuple(lines(labels))
-    if checkpoint is not None:
-        return from_folder(find(checkpoint), names, asked)
-    if weights is None:
-        raise SourceError("say --weights FILE, --checkpoint FOLDER or --onnx FILE")
-    if timm_config is not None:
-        if labels is None:
-            raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
-        return TimmSource(weights, timm_config, names, asked), names
-    if model not in ZOO:
-        raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
-    if asked != AS_IT_IS:
-        raise SourceError("a network of the zoo is exported as it was trained: its stages and sizes are its own")
-    return ZooSource(model, weights), ZOO[model].labels
-
-
-def _onnx_source(file: Path, preprocessor: Path | None, labels: Path | None) -> tuple[Source, tuple[str, ...]]:
-    if preprocessor is None or labels is None:
-        raise SourceError("with --onnx say --preprocessor FILE and --labels FILE: a graph tells neither")
-    names = tuple(lines(labels))
-    return OnnxSource(file, preprocessor, names), names
-
-
 @app.command()
 def quantize(
     calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits and INT8 on.")],
@@ -272,61 +232,6 @@ def quantize(
                 },
                 flags=["--unlabelled"] if unlabelled else [],
                 command="quantize",
-            ),
-        )
-        publish(console, config)
-
-
-@app.command()
-def cascade(
-    calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits on.")],
-    test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
-    model: Annotated[str, typer.Option(help="Name of the new model.")],
-    version: Annotated[int, typer.Option(min=1, help="Its version.")],
-    cheap: Annotated[str, typer.Option(help="NAME/VERSION/VARIANT: the model that sees every image.")],
-    dear: Annotated[str, typer.Option(help="Likewise: the model for images that the cheap one is not sure of.")],
-    repository: Annotated[Path, typer.Option(help="Where they are, and where it is published.")] = Path("models/artifacts"),
-    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the dear one's answers stand for them.")] = False,
-    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
-    max_drop: MaxDrop = 0.5,
-    fast_drop: FastDrop = USUAL_FAST_DROP,
-    confidence: Confidence = USUAL_CONFIDENCE,
-) -> None:
-    """Put two published models one behind the other: the dear one sees what the cheap one is not sure of."""
-    console = Console()
-    with told(console):
-        parts = CascadeSource(repository, Part.parse(cheap), Part.parse(dear))
-        stated = parts.open_dear().manifest.provenance
-        config = ExportConfig(
-            name=model,
-            source=parts,
-            calibration_images=calibration,
-            test_images=test,
-            repository=repository,
-            version=version,
-            unlabelled=unlabelled,
-            folders=numbered(folders),
-            int8=False,
-            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
-            bound=bound_of(max_drop, confidence),
-            fast_drop=fast_drop / 100,
-            data=stated.get("data", "not stated"),
-            training=stated.get("training", "not stated"),
-            licence=stated.get("licence", "not stated"),
-            command=repeated(
-                {
-                    "--model": model,
-                    "--version": version,
-                    "--cheap": cheap,
-                    "--dear": dear,
-                    "--max-drop": f"{max_drop:g}",
-                    **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
-                    "--folders": folders,
-                    "--calibration": calibration,
-                    "--test": test,
-                },
-                flags=["--unlabelled"] if unlabelled else [],
-                command="cascade",
             ),
         )
         publish(console, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -23,6 +24,14 @@ from exporters.sources.base import SourceError
 from exporters.validation import ValidationError
 from exporters.whole_graph import GraphError
 from models.weights import WeightsError
+
+app = typer.Typer(add_completion=False, help="Make published versions out of trained networks, and measure them.")
+
+
+@app.callback()
+def _group() -> None:
+    """Make published versions out of trained networks, and measure them."""
+
 
 # What its user can mend: told in a line, and nothing is published.
 UNUSABLE = (
@@ -53,6 +62,11 @@ def publish(console: Console, config: ExportConfig) -> None:
     """Export, and show what was measured."""
     with ConsoleProgress.on(console) as progress:
         directory = run(config, progress)
+    show(console, config, directory)
+
+
+def show(console: Console, config: ExportConfig, directory: Path) -> None:
+    """What was measured of a version that was just published."""
     found = from_report(directory)
     print_tables(console, found)
     if warning := exits_cost_more(found.variants, config.exits.max_accuracy_drop):

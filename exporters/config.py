@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporters.sources.base import Source
+from models.manifest import Certificate, ExitSpec, OperatingPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,16 @@ class BoundConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Operating points that were chosen before the export, for a network whose stages they fit."""
+
+    exits: tuple[ExitSpec, ...]
+    certificate: Certificate | None
+    points: tuple[OperatingPoint, ...]
+    bounds: Mapping[str, str]  # of each point, in words
+
+
+@dataclass(frozen=True, slots=True)
 class ExitHeadConfig:
     """How the heads of a network that came without exits are fitted."""
 
@@ -97,6 +108,8 @@ class ExportConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
+    set_apart: bool = False  # half of the images, also where there are no exits to certify: whoever asks certifies on them
+    chosen: Chosen | None = None  # instead of exits that are fitted
     fast_drop: float = 0.02  # what the operating point `fast` may lose; not more than the exits themselves may: no such point
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"

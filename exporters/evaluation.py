@@ -91,9 +91,10 @@ def evaluate(
         reference: logits of the fp32 variant's last exit, for agreement.
     """
     routing = route(logits, exits)
-    costs = [stage.gmacs for stage in stages]
-    cost_through = np.cumsum(costs)
-    full = sum(costs[full_depth_from(stages) :])
+    costs, entries = np.array([stage.gmacs for stage in stages]), entries_of(stages)
+    on_the_way = np.isin(np.arange(len(stages)), ExitPolicy(exits).way(entries))
+    cost_through = np.cumsum(np.where(on_the_way, costs, 0.0))
+    full = costs[entries[-1] :].sum()
     right = routing.predicted == labels
     exits_cost, exits_cost_within = paired_loss(logits[-1].argmax(axis=1) == labels, right)
     int8_cost, int8_cost_within = paired_loss(reference.argmax(axis=1) == labels, logits[-1].argmax(axis=1) == labels)
@@ -125,9 +126,9 @@ def evaluate(
     }
 
 
-def full_depth_from(stages: Sequence[StageSpec]) -> int:
-    """Where an image begins that is to go through all stages: at the last network of a cascade, else at the first stage."""
-    return max(index for index, stage in enumerate(stages) if any(tensor.name == PIXELS for tensor in stage.inputs))
+def entries_of(stages: Sequence[StageSpec]) -> tuple[int, ...]:
+    """Stages that begin a network: the first, and in a cascade others. At the full depth an image begins at the last."""
+    return tuple(index for index, stage in enumerate(stages) if any(tensor.name == PIXELS for tensor in stage.inputs))
 
 
 def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
@@ -138,7 +139,11 @@ def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
 
 
 def milliseconds_per_image(
-    backends: Mapping[str, Backend], exits: Mapping[str, Sequence[ExitSpec]], pixels: Array, *, full_from: int = 0
+    backends: Mapping[str, Backend],
+    exits: Mapping[str, Sequence[ExitSpec]],
+    pixels: Array,
+    *,
+    entries: Sequence[int] = (0,),
 ) -> dict[str, dict[str, float]]:
     """Median time of an image in each variant, without exits and with them; one thread, batch 8, all of them in turn.
 
@@ -147,7 +152,7 @@ def milliseconds_per_image(
     Args:
         backends: by variant; exits: likewise.
         pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed, for about half a minute at most.
-        full_from: the stage where images begin without exits: `full_depth_from`.
+        entries: stages that begin a network; without exits images begin at the last.
     """
     few = _spread(pixels, MIN_TIMED_IMAGES)
     started = time.perf_counter()
@@ -161,7 +166,7 @@ def milliseconds_per_image(
             for way in ("without_exits", "with_exits"):
                 policy = ExitPolicy(exits[name]) if way == "with_exits" else None
                 started = time.perf_counter()
-                _run_in_batches(backend, len(exits[name]), policy, pixels, first=full_from if policy is None else 0)
+                _run_in_batches(backend, len(exits[name]), policy, pixels, entries)
                 seconds.setdefault((name, way), []).append(time.perf_counter() - started)
     return {
         name: {
@@ -176,9 +181,11 @@ def _spread(pixels: Array, wanted: int) -> Array:
     return pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), wanted)).round().astype(np.int64)]
 
 
-def _run_in_batches(backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array, *, first: int = 0) -> None:
+def _run_in_batches(
+    backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array, entries: Sequence[int] = (0,)
+) -> None:
     inputs: dict[str, Array] = {PIXELS: pixels}
-    for stage in range(first, num_stages):
+    for stage in range(entries[-1], num_stages) if policy is None else policy.way(entries):
         count = len(next(iter(inputs.values())))
         survivors: dict[str, list[Array]] = {}
         for start in range(0, count, TIMED_BATCH):

@@ -50,6 +50,12 @@ def fit_variants(
         validate_quantized(name, logits[base][-1], logits[name][-1], labels, config.quantization)
     fitted = {}
     for name, backend in backends.items():
+        if (chosen := config.chosen) is not None:
+            test_logits = logits_per_exit(backend, len(costs), images.test.pixels, progress)
+            fitted[name] = FittedVariant(
+                backend, chosen.exits, test_logits, chosen.certificate, chosen.points, dict(chosen.bounds)
+            )
+            continue
         seen: Answers = [each[unseen] for each in logits[name]], labels[unseen]
         apart: Answers | None = None
         if images.apart is not None:
@@ -75,7 +81,7 @@ def _exits_at(
     """Exits that cost at most so much: proved where images were set apart, else fitted, and why no more in words."""
     how = replace(config.exits, max_accuracy_drop=drop, labelled=not config.unlabelled)
     bound = None if config.bound is None else replace(config.bound, epsilon=drop)
-    if bound is None or apart is None or images.apart is None:
+    if bound is None or apart is None or images.apart is None or len(costs) == 1:
         reason = ""
         if bound is not None and len(costs) > 1:
             enough = images_needed("accuracy", bound.epsilon, bound.delta) <= len(images.fitting) // 2

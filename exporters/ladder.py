@@ -104,11 +104,12 @@ def pareto_row(answers: Answers, ms: Sequence[float], temperatures: Sequence[flo
 def answer(route: Route, answers: Answers, temperatures: Sequence[float], score: str) -> Array:
     """The class that a route gives each image, (N,)."""
     first = answers.logits[route.first]
+    found: Array = first.argmax(axis=1)
     if route.then is None:
-        return first.argmax(axis=1)
+        return found
     sure = SCORES[score](softmax(first, temperatures[route.first])) >= np.float32(route.threshold)
-    found: Array = np.where(sure, first.argmax(axis=1), answers.logits[route.then].argmax(axis=1))
-    return found
+    both: Array = np.where(sure, found, answers.logits[route.then].argmax(axis=1))
+    return both
 
 
 def choose(

@@ -10,7 +10,12 @@ import typer
 
 from exporters.config import BoundConfig, QuantizationConfig
 from exporters.images import ImageSetError
-from exporters.sources.base import SourceError
+from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
+from exporters.sources.folder import find, from_folder
+from exporters.sources.onnx_file import OnnxSource
+from exporters.sources.timm_vit import TimmSource
+from exporters.sources.zoo import ZooSource
+from models.zoo import ZOO
 
 INT8 = QuantizationConfig()  # what it is asked for by default
 USUAL_FAST_DROP, USUAL_CONFIDENCE = 2.0, 95.0
@@ -93,3 +98,44 @@ def named_paths(texts: list[str]) -> dict[str, Path]:
     if missing := [name for name, path in paths.items() if not path.exists()]:
         raise ImageSetError(f"there are no images called {', '.join(missing)}; say --also NAME=PATH")
     return paths
+
+
+def source_of(
+    model: str,
+    weights: Path | None,
+    timm_config: Path | None,
+    labels: Path | None,
+    checkpoint: str | None,
+    asked: Asked,
+) -> tuple[Source, tuple[str, ...]]:
+    """What the options name, and the labels of its classes.
+
+    Raises:
+        SourceError: they do not go together, or nothing is there.
+    """
+    names = () if labels is None else tuple(lines(labels))
+    if checkpoint is not None:
+        return from_folder(find(checkpoint), names, asked)
+    if weights is None:
+        raise SourceError("say --weights FILE, --checkpoint FOLDER or --onnx FILE")
+    if timm_config is not None:
+        if labels is None:
+            raise SourceError("with --timm-config say the classes' labels too: --labels FILE, one a line")
+        return TimmSource(weights, timm_config, names, asked), names
+    if model not in ZOO:
+        raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
+    if asked != AS_IT_IS:
+        raise SourceError("a network of the zoo is exported as it was trained: its stages and sizes are its own")
+    return ZooSource(model, weights), ZOO[model].labels
+
+
+def onnx_source(file: Path, preprocessor: Path | None, labels: Path | None) -> tuple[Source, tuple[str, ...]]:
+    """Of an ONNX file, and the labels of its classes.
+
+    Raises:
+        SourceError: what it does not tell is not told.
+    """
+    if preprocessor is None or labels is None:
+        raise SourceError("with --onnx say --preprocessor FILE and --labels FILE: a graph tells neither")
+    names = tuple(lines(labels))
+    return OnnxSource(file, preprocessor, names), names

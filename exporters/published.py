@@ -16,7 +16,7 @@ from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.targets import TargetProfile, resolve_profile
 from app.types import FloatArray
-from exporters.evaluation import evaluate, full_depth_from, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.images import classes_by_folder, read_images
 from exporters.model_card import by_class, milliseconds, mistakes, percent, points
 from exporters.progress import SILENT, Progress
@@ -74,7 +74,7 @@ def remeasure(
         len(image_set),
         image_set.sha256,
         {name: evaluate(logits[name], image_set.labels, exits[name], manifest.stages, reference) for name in backends},
-        milliseconds_per_image(backends, exits, image_set.pixels, full_from=full_depth_from(manifest.stages)),
+        milliseconds_per_image(backends, exits, image_set.pixels, entries=manifest.entries),
     )
 
 

@@ -213,7 +213,7 @@ def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images
     }
     apart = None
     seen = isinstance(network, Published) and fitting.sha256 in network.fitted_on
-    if config.bound is not None and network.num_stages > 1 and not seen:
+    if config.bound is not None and (network.num_stages > 1 or config.set_apart) and not seen:
         apart = split(len(fitting), replace(config.bound, epsilon=config.exits.max_accuracy_drop))
     if apart is None:
         return Images(fitting, None, test, others)

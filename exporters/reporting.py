@@ -14,7 +14,7 @@ from pathlib import Path
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters.config import ExportConfig
-from exporters.evaluation import evaluate, full_depth_from, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import with_thresholds
 from exporters.images import ImageSet
 from exporters.sources.base import Loaded
@@ -64,8 +64,7 @@ def report(
     exits = {name: variant.exits for name, variant in fitted.items()}
     without_reduction: dict[str, object] = {}
     timed = backends | ({FULL: full} if full else {})
-    full_from = full_depth_from(manifest.stages)
-    times = milliseconds_per_image(timed, exits | {FULL: exits[base]}, test.pixels, full_from=full_from)
+    times = milliseconds_per_image(timed, exits | {FULL: exits[base]}, test.pixels, entries=manifest.entries)
     if full is not None:
         # Everything is told against the network as it came.
         reference = logits_per_exit(full, len(manifest.stages), test.pixels)[-1]

@@ -45,11 +45,7 @@ class StagedPipeline:
     ) -> None:
         self._input_name = input_name
         self._jumps = [
-            {
-                entry: max(to for to in entries if to >= entry and policy.never_leaves(slice(entry, to), point))
-                for entry in entries
-            }
-            for point in range(policy.num_points)
+            [policy.jump(stage, entries, point) for stage in range(policy.num_stages)] for point in range(policy.num_points)
         ]
         self._model = model
         self._stages = [
@@ -120,7 +116,7 @@ class StagedPipeline:
 
     def _forward(self, item: WorkItem, stage: int) -> None:
         item.queued_at = time.perf_counter()
-        self._batchers[self._jumps[item.point].get(stage, stage)].put(item)
+        self._batchers[self._jumps[item.point][stage]].put(item)
 
     def _on_loop_end(self, loop: asyncio.Task[None]) -> None:
         if loop.cancelled() and self._closing:

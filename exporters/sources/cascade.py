@@ -1,4 +1,4 @@
-"""A cascade of two published models: a cheap one first, and a dear one for the images that the cheap one is not sure of.
+"""A cascade of published models: a cheap one first, and a dear one for the images that the cheap one is not sure of.
 
 Nothing is trained. The cheap one may be the same network with fewer tokens, or in INT8, or a smaller one; to the service
 both are stages of one version, with an exit after each.
@@ -49,55 +49,53 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class CascadeSource:
-    """Where its two parts are published."""
+    """Where its parts are published, the cheapest first."""
 
     repository: Path
-    cheap: Part
-    dear: Part
+    parts: tuple[Part, ...]
 
     def load(self) -> Published:
         """Their stages, one after the other.
 
         Raises:
-            SourceError: a part is not there, or the two do not go together.
+            SourceError: a part is not there, or they do not go together.
         """
-        (cheap, cheap_variant), (dear, dear_variant) = (self._open(part) for part in (self.cheap, self.dear))
-        for what, mine, theirs in (
-            ("classes", cheap.labels, dear.labels),
-            ("preprocessing", cheap.manifest.preprocess, dear.manifest.preprocess),
-        ):
-            if mine != theirs:
-                raise SourceError(f"{_called(cheap)} and {_called(dear)} have other {what}: they cannot share an image")
-        targets = tuple(target for target in dear_variant.targets if target in cheap_variant.targets)
+        opened = [self._open(part) for part in self.parts]
+        dear, dear_variant = opened[-1]
+        targets = dear_variant.targets
+        for stored, variant in opened[:-1]:
+            for what, mine, theirs in (
+                ("classes", stored.labels, dear.labels),
+                ("preprocessing", stored.manifest.preprocess, dear.manifest.preprocess),
+            ):
+                if mine != theirs:
+                    raise SourceError(f"{_called(stored)} and {_called(dear)} have other {what}: they cannot share an image")
+            targets = tuple(target for target in targets if target in variant.targets)
+        names = [variant.name for _, variant in opened]
         if not targets:
-            raise SourceError(f"{cheap_variant.name} and {dear_variant.name} have no hardware in common")
-        names = cheap_variant.name, dear_variant.name
+            raise SourceError(f"{', '.join(names)} have no hardware in common")
         told = dear.manifest.provenance
         return Published(
-            graphs=tuple(
-                onnx.load(stored.directory / file)
-                for stored, variant in ((cheap, cheap_variant), (dear, dear_variant))
-                for file in variant.files
-            ),
-            stages=(*cheap.manifest.stages, *dear.manifest.stages),
+            graphs=tuple(onnx.load(stored.directory / file) for stored, variant in opened for file in variant.files),
+            stages=tuple(stage for stored, _ in opened for stage in stored.manifest.stages),
             preprocess=dear.manifest.preprocess,
             labels=dear.labels,
             weights_sha256=told.get("weights_sha256", "not stated"),
-            origin=f"a cascade: {_called(cheap)} ({names[0]}), then {_called(dear)} ({names[1]})",
+            origin="a cascade: " + ", then ".join(f"{_called(stored)} ({variant.name})" for stored, variant in opened),
             token_reduction=AS_ITS_PARTS,
             fitting_images_sha256=told.get("fitting_images_sha256", ""),
-            variant=names[0] if names[0] == names[1] else "_then_".join(names),
+            variant="_then_".join(dict.fromkeys(names)),
             targets=targets,
-            fitted_on=tuple(part.manifest.provenance.get("fitting_images_sha256", "") for part in (cheap, dear)),
+            fitted_on=tuple(stored.manifest.provenance.get("fitting_images_sha256", "") for stored, _ in opened),
         )
 
     def open_dear(self) -> StoredModel:
-        """What the dear part states of itself.
+        """What the dearest part states of itself.
 
         Raises:
             SourceError: it is not there.
         """
-        return self._open(self.dear)[0]
+        return self._open(self.parts[-1])[0]
 
     def _open(self, part: Part) -> tuple[StoredModel, VariantSpec]:
         stored = PublishedSource(self.repository, part.name, part.version).open()

@@ -41,7 +41,7 @@ def repository(inputs: Path, tmp_path: Path) -> Path:
 
 def cascade(inputs: Path, repository: Path, **changes: object) -> ExportConfig:
     """Version 2, then version 1; measured on images that neither was fitted on."""
-    source = CascadeSource(repository, Part("test_vit", 2), Part("test_vit", 1))
+    source = CascadeSource(repository, (Part("test_vit", 2), Part("test_vit", 1)))
     test = others(inputs, repository.parent / "test")
     config = replace(make_config(inputs, repository), name="both", source=source, int8=False, test_images=test)
     return replace(config, **changes)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def test_parts_that_do_not_go_together_are_refused(repository: Path, cheap: str,
     for name, change in (("other", "labels"), ("small", "preprocess")):
         _changed(repository, name, change)
     with pytest.raises(SourceError, match=word):
-        CascadeSource(repository, Part.parse(cheap), Part.parse(dear)).load()
+        CascadeSource(repository, (Part.parse(cheap), Part.parse(dear))).load()
 
 
 def _changed(repository: Path, name: str, what: str) -> None:

@@ -1,0 +1,163 @@
+"""`fovea cascade`: two published models as one. `fovea optimize`: from a network and a budget to operating points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from exporters.commands import app, publish, show, told
+from exporters.config import ExitConfig, ExportConfig
+from exporters.optimize import Search
+from exporters.optimize import optimize as optimize_ladder
+from exporters.options import (
+    INT8,
+    USUAL_CONFIDENCE,
+    USUAL_FAST_DROP,
+    Confidence,
+    FastDrop,
+    MaxDrop,
+    bound_of,
+    numbered,
+    repeated,
+    source_of,
+    where_other,
+)
+from exporters.progress import ConsoleProgress
+from exporters.sources.base import AS_IT_IS, SourceError
+from exporters.sources.cascade import CascadeSource, Part
+
+SHARES = "90,80,70,60,50"
+
+
+@app.command()
+def cascade(
+    calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to fit exits on.")],
+    test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
+    model: Annotated[str, typer.Option(help="Name of the new model.")],
+    version: Annotated[int, typer.Option(min=1, help="Its version.")],
+    cheap: Annotated[str, typer.Option(help="NAME/VERSION/VARIANT: the model that sees every image.")],
+    dear: Annotated[str, typer.Option(help="Likewise: the model for images that the cheap one is not sure of.")],
+    repository: Annotated[Path, typer.Option(help="Where they are, and where it is published.")] = Path("models/artifacts"),
+    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the dear one's answers stand for them.")] = False,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    max_drop: MaxDrop = 0.5,
+    fast_drop: FastDrop = USUAL_FAST_DROP,
+    confidence: Confidence = USUAL_CONFIDENCE,
+) -> None:
+    """Put two published models one behind the other: the dear one sees what the cheap one is not sure of."""
+    console = Console()
+    with told(console):
+        parts = CascadeSource(repository, (Part.parse(cheap), Part.parse(dear)))
+        stated = parts.open_dear().manifest.provenance
+        config = ExportConfig(
+            name=model,
+            source=parts,
+            calibration_images=calibration,
+            test_images=test,
+            repository=repository,
+            version=version,
+            unlabelled=unlabelled,
+            folders=numbered(folders),
+            int8=False,
+            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            bound=bound_of(max_drop, confidence),
+            fast_drop=fast_drop / 100,
+            data=stated.get("data", "not stated"),
+            training=stated.get("training", "not stated"),
+            licence=stated.get("licence", "not stated"),
+            command=repeated(
+                {
+                    "--model": model,
+                    "--version": version,
+                    "--cheap": cheap,
+                    "--dear": dear,
+                    "--max-drop": f"{max_drop:g}",
+                    **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
+                    "--folders": folders,
+                    "--calibration": calibration,
+                    "--test": test,
+                },
+                flags=["--unlabelled"] if unlabelled else [],
+                command="cascade",
+            ),
+        )
+        publish(console, config)
+
+
+@app.command()
+def optimize(
+    calibration: Annotated[Path, typer.Option(exists=True, help="Folder or zip of <class>/<file> to search and certify on.")],
+    test: Annotated[Path, typer.Option(exists=True, help="The same form; only measured on.")],
+    model: Annotated[str, typer.Option(help="Name of the new model.")],
+    version: Annotated[int, typer.Option(min=1, help="Its version.")],
+    work: Annotated[Path, typer.Option(help="Where candidates are kept; the same folder goes on with an interrupted search.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint, or its name on the hub: ViT, DeiT or CaiT.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(exists=True, help="Or its weights (.safetensors, .pth),")] = None,
+    timm_config: Annotated[Path | None, typer.Option(exists=True, help="with its config.json as timm writes it,")] = None,
+    labels: Annotated[Path | None, typer.Option(exists=True, help="and its labels, one a line.")] = None,
+    repository: Annotated[Path, typer.Option(help="Where the ladder is published.")] = Path("models/artifacts"),
+    unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
+    folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
+    method: Annotated[str, typer.Option(help="How tokens are reduced.")] = "tome",
+    shares: Annotated[str, typer.Option(help="Percent of the multiply-adds that are left, most first.")] = SHARES,
+    int8: Annotated[bool, typer.Option(help="Candidates in INT8, where this CPU has it exactly.")] = True,
+    max_drop: MaxDrop = 0.5,
+    fast_drop: FastDrop = USUAL_FAST_DROP,
+    confidence: Confidence = USUAL_CONFIDENCE,
+) -> None:
+    """Find the fastest way on this machine to lose no more than said: a version that is full, balanced and fast."""
+    console = Console()
+    with told(console):
+        source, _ = source_of(model, weights, timm_config, labels, checkpoint, AS_IT_IS)
+        search = Search(method, _shares(shares))
+        config = ExportConfig(
+            name=model,
+            source=source,
+            calibration_images=calibration,
+            test_images=test,
+            repository=repository,
+            version=version,
+            unlabelled=unlabelled,
+            folders=numbered(folders),
+            int8=int8,
+            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            bound=bound_of(max_drop, confidence),
+            fast_drop=fast_drop / 100,
+            command=repeated(
+                {
+                    "--model": model,
+                    "--version": version,
+                    "--max-drop": f"{max_drop:g}",
+                    **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
+                    "--method": None if method == Search().method else method,
+                    "--shares": None if shares == SHARES else shares,
+                    "--checkpoint": None if checkpoint is None else Path(checkpoint),
+                    "--weights": weights,
+                    "--timm-config": timm_config,
+                    "--labels": labels,
+                    "--folders": folders,
+                    "--calibration": calibration,
+                    "--test": test,
+                },
+                flags=[flag for flag, given in {"--no-int8": not int8, "--unlabelled": unlabelled}.items() if given],
+                command="optimize",
+            ),
+        )
+        with ConsoleProgress.on(console) as progress:
+            directory = optimize_ladder(config, search, work, progress)
+        show(console, config, directory)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) / 100 for part in text.split(","))
+    except ValueError as error:
+        raise SourceError(f"shares are percents, most first, as {SHARES}; not {text!r}") from error
+    if list(found) != sorted(set(found), reverse=True) or not all(0 < share < 1 for share in found):
+        raise SourceError(f"shares are percents between 0 and 100, most first, as {SHARES}; not {text!r}")
+    return found
