@@ -45,7 +45,7 @@ function troubleOf(response, text) {
 }
 
 /** The answer for one file and the round trip in ms. Throws Trouble; an AbortError after `givenUp`. */
-export async function classify(file, { model, version, topK }, givenUp) {
+export async function classify(file, { model, version, topK, quality }, givenUp) {
   const late = AbortSignal.timeout(ANSWER_TIMEOUT_MS);
   const either = new AbortController();
   for (const source of [givenUp, late]) source.addEventListener("abort", () => either.abort(source.reason), { once: true });
@@ -60,6 +60,7 @@ export async function classify(file, { model, version, topK }, givenUp) {
   const query = new URLSearchParams({ top_k: String(topK) });
   if (model !== undefined) query.set("model", model);
   if (version !== undefined) query.set("version", String(version));
+  if (quality !== undefined) query.set("quality", quality);
 
   const startedAt = performance.now();
   let response, text;

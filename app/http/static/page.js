@@ -16,6 +16,7 @@ let answers = []; // one record per image answered, for the tally
 let models = [];
 let modelsShown = null; // the text they came in
 let chosen = null; // one of the models; null: the service's default
+let quality = null; // name of an operating point; null: the model's default
 
 /** For people who listen: one sentence per result, in the order they come. */
 function speak(sentence) {
@@ -30,7 +31,9 @@ const topK = () => Math.min(TOP_K, currentModel()?.classes || TOP_K);
 
 /** What the cards need of the page. */
 const desk = {
-  asked: () => ({ model: chosen?.name, version: chosen?.version, topK: topK(), stages: currentModel()?.stages || 1 }),
+  asked: () => ({
+    model: chosen?.name, version: chosen?.version, quality: quality ?? undefined, topK: topK(), stages: currentModel()?.stages || 1,
+  }),
   answered: count,
   speak,
 };
@@ -133,10 +136,25 @@ function showModel() {
     const more = model.classes > labels.length ? ", …" : "";
     if (labels.length) parts.push(make("p", { className: "quiet", textContent: `Knows ${labels.join(", ")}${more}` }));
     if (model.variant_reason) parts.push(make("p", { className: "quiet", textContent: model.variant_reason }));
-    const used = (model.qualities ?? []).find((quality) => quality.default);
-    if (used?.certificate) parts.push(make("p", { className: "quiet", textContent: `Leaving early ${used.bound}.` }));
+    const qualities = model.stages > 1 && Array.isArray(model.qualities) ? model.qualities : [];
+    if (!qualities.some((each) => each.name === quality)) quality = null;
+    const used = qualities.find((each) => (quality ? each.name === quality : each.default));
+    if (qualities.length > 1) parts.push(make("p", { className: "served" }, ...qualityChoice(qualities, used)));
   }
   byId("model").replaceChildren(...parts);
+}
+
+/** How careful to be with the next photos, and what that costs at most. */
+function qualityChoice(qualities, used) {
+  const choice = make("select", { id: "quality-choice" });
+  for (const each of qualities) choice.append(make("option", { textContent: each.name, selected: each === used }));
+  choice.addEventListener("change", () => {
+    quality = choice.value;
+    showModel();
+    byId("quality-choice").focus();
+  });
+  const bound = used?.bound || "what leaving early costs is not proved";
+  return [make("label", { htmlFor: "quality-choice", textContent: "Quality" }), choice, make("span", { className: "quiet", textContent: bound })];
 }
 
 function modelChoice(current) {
