@@ -108,7 +108,7 @@ class ExportConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
-    set_apart: bool = False  # half of the images, also where there are no exits to certify: whoever asks certifies on them
+    candidate: bool = False  # of a search, which certifies on half of the images and measures itself: little is measured here
     chosen: Chosen | None = None  # instead of exits that are fitted
     fast_drop: float = 0.02  # what the operating point `fast` may lose; not more than the exits themselves may: no such point
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)

@@ -128,7 +128,8 @@ def _candidate(config: ExportConfig, wish: str | None, number: int, work: Path, 
         version=number,
         repository=work,
         reduction=wish,
-        set_apart=True,
+        candidate=True,
+        quantization=replace(config.quantization, min_agreement=0.0, max_accuracy_drop=1.0),  # the search sees what it costs
         command=f"{config.command} ({wish or 'all tokens'})",
     )
     directory = work / CANDIDATE / str(number)

@@ -48,6 +48,7 @@ from models.manifest import (
 
 FP32, INT8, QDQ, FP16 = "fp32", "int8", "int8_qdq", "fp16"
 UNSEEN_EVERY = 5
+CANDIDATE_TEST_IMAGES = 16
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
 # between two steps may fall to the other side; an instruction that saturates goes far beyond.
@@ -211,9 +212,11 @@ def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images
         name: read_images(path, labels, spec, folders=config.other_folders, progress=progress)
         for name, path in config.other_images.items()
     }
+    if config.candidate:
+        test = _part(test, np.arange(len(test)) < CANDIDATE_TEST_IMAGES)
     apart = None
     seen = isinstance(network, Published) and fitting.sha256 in network.fitted_on
-    if config.bound is not None and (network.num_stages > 1 or config.set_apart) and not seen:
+    if config.bound is not None and (network.num_stages > 1 or config.candidate) and not seen:
         apart = split(len(fitting), replace(config.bound, epsilon=config.exits.max_accuracy_drop))
     if apart is None:
         return Images(fitting, None, test, others)
