@@ -16,13 +16,13 @@ class Rung:
     name: str
     thresholds: tuple[float | None, ...]  # one per exit; None: every image that is still there leaves
     certificate: Certificate | None
-    is_full: bool  # every image goes through all stages
+    is_full: bool  # nobody leaves early
 
     @property
     def bound(self) -> str:
         """What it costs at most against the full depth, in words; empty where that is not proved."""
         if self.is_full:
-            return "every image is taken through all stages"
+            return "every image has the answer of the last exit"
         return "" if self.certificate is None else str(self.certificate)
 
 

@@ -46,7 +46,7 @@ def test_every_variant_is_full_and_balanced_and_what_it_adds() -> None:
     assert [rung.thresholds[-1] for rung in ladder] == [None] * 3
     assert ladder[1].thresholds == (0.9, 0.9, None)
     assert ladder[2].thresholds == (0.5, 0.6, None)
-    assert [rung.bound for rung in ladder][:2] == ["every image is taken through all stages", ""]
+    assert [rung.bound for rung in ladder][:2] == ["every image has the answer of the last exit", ""]
     assert ladder[2].bound == str(CERTIFICATE)
     assert "at most 2 points of accuracy against the last exit of the same variant, with 90 % confidence" in ladder[2].bound
     assert [ladder.index(name) for name in ("full", "balanced", "fast")] == [0, 1, 2]
