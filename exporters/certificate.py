@@ -27,6 +27,7 @@ LIMITS = (
     "It holds on average over images drawn like those it was tested on, not for single images or classes; of other images, and "
     "of the accuracy itself, it promises nothing."
 )
+ALREADY_SEEN = "no bound: INT8 or a schedule was fitted on these images before; certify on others"
 SHARES = np.linspace(0.0, 1.0, 21)[1:-1]  # of those that leave early with the first exits of the path: its steps before these
 STEPS = np.linspace(0.0, 2.0, 41)[1:]  # behind these: losses allowed on the fitting images, in units of the one to be certified
 

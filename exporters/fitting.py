@@ -7,18 +7,16 @@ from dataclasses import replace
 
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
-from exporters.certificate import Certified, certified_exits, too_few
+from exporters.certificate import Certified, certified_exits
 from exporters.config import ExportConfig
 from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import fit_exits
 from exporters.progress import Progress
 from exporters.reporting import FittedVariant, Images
-from exporters.risk_control import images_needed
 from exporters.validation import validate_quantized
 from models.manifest import BALANCED, OperatingPoint, StageSpec
 
 FAST = "fast"
-ALREADY_SEEN = "no bound: INT8 or a schedule was fitted on these images before; certify on others"
 Answers = tuple[Sequence[FloatArray], Array]  # logits (N, C) of every exit, and labels (N,)
 
 
@@ -82,11 +80,7 @@ def _exits_at(
     how = replace(config.exits, max_accuracy_drop=drop, labelled=not config.unlabelled)
     bound = None if config.bound is None else replace(config.bound, epsilon=drop)
     if bound is None or apart is None or images.apart is None or len(costs) == 1:
-        reason = ""
-        if bound is not None and len(costs) > 1:
-            enough = images_needed("accuracy", bound.epsilon, bound.delta) <= len(images.fitting) // 2
-            reason = ALREADY_SEEN if enough else too_few(len(images.fitting), bound)
-        return Certified(fit_exits(*seen, costs, how), None, reason)
+        return Certified(fit_exits(*seen, costs, how), None, images.unproved if len(costs) > 1 else "")
     return certified_exits(
         seen,
         apart,

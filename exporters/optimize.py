@@ -16,16 +16,17 @@ from app.repository.store import ModelStore
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters import recipe
-from exporters.certificate import LIMITS, split, too_few
+from exporters.certificate import LIMITS
 from exporters.config import Chosen, ExportConfig
 from exporters.evaluation import logits_per_exit, milliseconds_per_image
 from exporters.exit_fitting import fit_temperature
 from exporters.fitting import FAST
-from exporters.images import ImageSet, read_images, read_unlabelled
+from exporters.images import ImageSet
 from exporters.ladder import Answers, Found, Route, choose, pareto_row
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.reduction_schedule import ScheduleError
+from exporters.reporting import Images
 from exporters.risk_control import Risk
 from exporters.sources.base import SourceError
 from exporters.sources.cascade import CascadeSource, Part
@@ -49,16 +50,8 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class _Halves:
-    """The images that may be fitted on, and those set apart; None where there are too few."""
-
-    fitting: ImageSet
-    apart: ImageSet | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Graph:
-    """One graph, and its logits (N, C) for both halves of the images."""
+    """One graph, and its logits (N, C) for both images of the images."""
 
     part: Part
     as_it_came: bool  # all tokens, fp32
@@ -81,7 +74,7 @@ def optimize(config: ExportConfig, search: Search, work: Path, progress: Progres
         AlreadyPublished, ScheduleError, ImageSetError, WeightsError, ValidationError: as `exporters.recipe.run`.
     """
     recipe.check(config)
-    halves = _halves(config, progress)
+    images = _read(config, progress)
     wishes = [None, *(f"{search.method}:{100 * share:g}%" for share in search.shares)]
     graphs: list[_Graph] = []
     for number, wish in enumerate(wishes, start=1):
@@ -92,32 +85,22 @@ def optimize(config: ExportConfig, search: Search, work: Path, progress: Progres
                 raise
             progress.step(f"the search ends here: {error}")
             break
-        graphs += _graphs_of(work, number, directory, halves, progress)
+        graphs += _graphs_of(work, number, directory, images, progress)
         full = next(graph for graph in graphs if graph.as_it_came)
-        lost = _loss(config, halves, full, graphs[-1])
-        progress.step(f"{wish or 'all tokens'}: loses {100 * lost:.2f} points on {len(halves.fitting)} images")
+        lost = _loss(config, images, full, graphs[-1])
+        progress.step(f"{wish or 'all tokens'}: loses {100 * lost:.2f} points on {len(images.fitting)} images")
         if number > 1 and lost > HOPELESS * max(config.exits.max_accuracy_drop, config.fast_drop):
             progress.step("fewer tokens would lose more: the search ends here")
             break
-    return _publish(config, graphs, halves, work, progress)
+    return _publish(config, graphs, images, work, progress)
 
 
-def _halves(config: ExportConfig, progress: Progress) -> _Halves:
+def _read(config: ExportConfig, progress: Progress) -> Images:
     """As the candidates' own exports divide the images."""
     network = config.source.load()
     if network.num_stages > 1:
         raise SourceError("a ladder is made of whole graphs: no --boundaries, and no network with exits of its own")
-    spec, path = network.preprocess, config.calibration_images
-    if config.unlabelled:
-        read = read_unlabelled(path, spec, progress)
-    else:
-        read = read_images(path, network.labels, spec, folders=config.folders, progress=progress)
-    chosen = None
-    if config.bound is not None:
-        chosen = split(len(read), replace(config.bound, epsilon=config.exits.max_accuracy_drop))
-    if chosen is None:
-        return _Halves(read, None)
-    return _Halves(*(replace(read, pixels=read.pixels[half], labels=read.labels[half]) for half in (~chosen, chosen)))
+    return recipe.read_sets(replace(config, candidate=True), network, progress)
 
 
 def _candidate(config: ExportConfig, wish: str | None, number: int, work: Path, progress: Progress) -> Path:
@@ -142,7 +125,7 @@ def _candidate(config: ExportConfig, wish: str | None, number: int, work: Path, 
     return directory
 
 
-def _graphs_of(work: Path, number: int, directory: Path, halves: _Halves, progress: Progress) -> list[_Graph]:
+def _graphs_of(work: Path, number: int, directory: Path, images: Images, progress: Progress) -> list[_Graph]:
     """INT8 where there is one; of the network as it came, the first candidate, fp32 before it."""
     manifest = ModelStore(work).open(CANDIDATE, number).manifest
     first, last = manifest.variants[0].name, manifest.variants[-1].name
@@ -150,37 +133,37 @@ def _graphs_of(work: Path, number: int, directory: Path, halves: _Halves, progre
     for name in dict.fromkeys([first, last] if number == 1 else [last]):
         backend = OrtBackend(directory, manifest, name, one_thread())
         logits = [
-            None if images is None else logits_per_exit(backend, 1, images.pixels, progress)[0]
-            for images in (halves.fitting, halves.apart)
+            None if each is None else logits_per_exit(backend, 1, each.pixels, progress)[0]
+            for each in (images.fitting, images.apart)
         ]
         assert logits[0] is not None  # noqa: S101 - there always are images to fit on
         found.append(_Graph(Part(CANDIDATE, number, name), number == 1 and name == first, backend, logits[0], logits[1]))
     return found
 
 
-def _loss(config: ExportConfig, halves: _Halves, full: _Graph, graph: _Graph) -> float:
+def _loss(config: ExportConfig, images: Images, full: _Graph, graph: _Graph) -> float:
     """Against the network as it came, on the images that are fitted on, a share."""
     reference = full.fitting.argmax(axis=1)
-    labels = reference if config.unlabelled else halves.fitting.labels
+    labels = reference if config.unlabelled else images.fitting.labels
     return float((reference == labels).mean() - (graph.fitting.argmax(axis=1) == labels).mean())
 
 
-def _publish(config: ExportConfig, graphs: Sequence[_Graph], halves: _Halves, work: Path, progress: Progress) -> Path:
+def _publish(config: ExportConfig, graphs: Sequence[_Graph], images: Images, work: Path, progress: Progress) -> Path:
     progress.step("timing all candidates in turns")
     one_exit = (ExitSpec(score="max_softmax", temperature=1.0, threshold=None),)
     backends = {str(index): graph.backend for index, graph in enumerate(graphs)}
-    times = milliseconds_per_image(backends, dict.fromkeys(backends, one_exit), halves.fitting.pixels)
+    times = milliseconds_per_image(backends, dict.fromkeys(backends, one_exit), images.fitting.pixels)
     # Cheapest first; the network as it came last, whatever it takes: it is what `full` means.
     timed = sorted(
         ((times[str(index)]["without_exits"], graph) for index, graph in enumerate(graphs)),
         key=lambda each: (each[1].as_it_came, each[0]),
     )
     ms, graphs = [each[0] for each in timed], [each[1] for each in timed]
-    temperatures = [1.0 if config.unlabelled else fit_temperature(each.fitting, halves.fitting.labels) for each in graphs]
-    fitting = _answers([graph.fitting for graph in graphs], halves.fitting, config)
+    temperatures = [1.0 if config.unlabelled else fit_temperature(each.fitting, images.fitting.labels) for each in graphs]
+    fitting = _answers([graph.fitting for graph in graphs], images.fitting, config)
     apart = None
-    if halves.apart is not None:
-        apart = _answers([graph.apart for graph in graphs if graph.apart is not None], halves.apart, config)
+    if images.apart is not None:
+        apart = _answers([graph.apart for graph in graphs if graph.apart is not None], images.apart, config)
     risk: Risk = "disagreement" if config.unlabelled else "accuracy"
     score = config.exits.score
     row = pareto_row(fitting, ms, temperatures, risk, score)
@@ -195,7 +178,7 @@ def _publish(config: ExportConfig, graphs: Sequence[_Graph], halves: _Halves, wo
     if BALANCED not in found or found[BALANCED].route.first == last:
         raise SourceError(_nothing(config, row, last))
     used = sorted({last, *(number for each in found.values() for number in _numbers(each.route))})
-    exits = _chosen(config, found, used, temperatures, halves, risk)
+    exits = _chosen(config, found, used, temperatures, images, risk)
     source = CascadeSource(work, tuple(graphs[index].part for index in used))
     return recipe.run(replace(config, source=source, int8=False, chosen=exits), progress)
 
@@ -231,7 +214,7 @@ def _chosen(
     found: dict[str, Found],
     used: Sequence[int],
     temperatures: Sequence[float],
-    halves: _Halves,
+    images: Images,
     risk: Risk,
 ) -> Chosen:
     """Exits, points and certificates of a version whose stages are the graphs that are used."""
@@ -241,10 +224,8 @@ def _chosen(
     for point, each in found.items():
         then = None if each.route.then is None else place[each.route.then]
         thresholds[point] = replace(each.route, first=place[each.route.first], then=then).thresholds(len(used))
-        certificates[point] = _certificate(config, each, drops[point], halves, risk)
-        bounds[point] = str(certificates[point] or "")
-        if certificates[point] is None and config.bound is not None:
-            bounds[point] = too_few(len(halves.fitting), replace(config.bound, epsilon=drops[point]))
+        certificates[point] = _certificate(config, each, drops[point], images, risk)
+        bounds[point] = str(certificates[point] or images.unproved)
     exits = [
         ExitSpec(score=config.exits.score, temperature=temperatures[index], threshold=threshold)
         for index, threshold in zip(used, (*thresholds[BALANCED], None), strict=True)
@@ -253,16 +234,16 @@ def _chosen(
     return Chosen(tuple(exits), certificates[BALANCED], tuple(points), bounds)
 
 
-def _certificate(config: ExportConfig, found: Found, epsilon: float, halves: _Halves, risk: Risk) -> Certificate | None:
-    if not found.proved or halves.apart is None or config.bound is None:
+def _certificate(config: ExportConfig, found: Found, epsilon: float, images: Images, risk: Risk) -> Certificate | None:
+    if not found.proved or images.apart is None or config.bound is None:
         return None
     return Certificate(
         risk=risk,
         compared_with=COMPARED_WITH,
         epsilon=epsilon,
         delta=config.bound.delta,
-        images=len(halves.apart),
-        images_sha256=halves.apart.sha256,
+        images=len(images.apart),
+        images_sha256=images.apart.sha256,
         method=METHOD,
         limits=LIMITS,
     )

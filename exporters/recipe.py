@@ -15,7 +15,7 @@ import onnx
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array
-from exporters.certificate import split
+from exporters.certificate import ALREADY_SEEN, split, too_few
 from exporters.config import ExportConfig
 from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import NEVER
@@ -76,7 +76,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         network = config.source.load()
         spec = network.preprocess
         progress.step("reading images")
-        images = _images(config, network, progress)
+        images = read_sets(config, network, progress)
         full, schedule = None, network.token_reduction if isinstance(network, Published) else "none"
         if isinstance(network, Published) and images.test.sha256 == network.fitting_images_sha256:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
@@ -199,8 +199,12 @@ def _write_variants(
     return [*graphs], kept_fp32
 
 
-def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images:
-    """Read, and half of those to fit on set apart where exits are to be certified and there are enough."""
+def read_sets(config: ExportConfig, network: Loaded, progress: Progress) -> Images:
+    """Read, and half of those to fit on set apart where something is to be certified and there are enough.
+
+    Raises:
+        ImageSetError: a set cannot be used.
+    """
     spec, labels = network.preprocess, network.labels
     fitting, test = (
         read_unlabelled(path, spec, progress)
@@ -214,12 +218,14 @@ def _images(config: ExportConfig, network: Loaded, progress: Progress) -> Images
     }
     if config.candidate:
         test = _part(test, np.arange(len(test)) < CANDIDATE_TEST_IMAGES)
-    apart = None
-    seen = isinstance(network, Published) and fitting.sha256 in network.fitted_on
-    if config.bound is not None and (network.num_stages > 1 or config.candidate) and not seen:
-        apart = split(len(fitting), replace(config.bound, epsilon=config.exits.max_accuracy_drop))
-    if apart is None:
+    if config.bound is None or (network.num_stages == 1 and not config.candidate):
         return Images(fitting, None, test, others)
+    if isinstance(network, Published) and fitting.sha256 in network.fitted_on:
+        return Images(fitting, None, test, others, ALREADY_SEEN)
+    bound = replace(config.bound, epsilon=config.exits.max_accuracy_drop)
+    apart = split(len(fitting), bound)
+    if apart is None:
+        return Images(fitting, None, test, others, too_few(len(fitting), bound))
     return Images(_part(fitting, ~apart), _part(fitting, apart), test, others)
 
 

@@ -43,6 +43,7 @@ class Images:
     apart: ImageSet | None
     test: ImageSet
     others: Mapping[str, ImageSet]
+    unproved: str = ""  # why none are set apart, in words, where it was asked for
 
 
 def report(
