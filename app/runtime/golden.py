@@ -43,10 +43,8 @@ def verify_golden(backend: Backend, directory: Path, manifest: ModelManifest, va
                     f"at most {atol:.3g} is allowed; this machine does not compute the model as it was exported"
                 )
             worst = max(worst, difference)
-            carried = [name for name in output.state if name != PIXELS]
-            inputs = {name: _stored(golden, golden_key(variant, index, name)) for name in carried} | {
-                PIXELS: pixels
-            }  # taken by the first stage of a cascade's next network
+            inputs = {PIXELS: pixels}  # for the first stage of a cascade's next network
+            inputs |= {name: _stored(golden, golden_key(variant, index, name)) for name in output.state if name != PIXELS}
     return worst
 
 

@@ -68,6 +68,9 @@ def test_a_search_publishes_a_ladder(config: ExportConfig, tmp_path: Path) -> No
     assert variant.certificate.compared_with == "the network as it came, in fp32"
     assert [point.name for point in variant.points] == ["fast"]
     assert any(exit_.threshold is not None and exit_.threshold <= 1 for exit_ in variant.exits)
+    card = (directory / "MODEL_CARD.md").read_text()
+    assert f"other half, {variant.certificate.images} images, proves of them" in card
+    assert "Nothing was fitted on the images" in card
     assert any("the search ends here: tome leaves" in step for step in said.steps)
     assert any("balanced: candidate" in step and "times the network as it came" in step for step in said.steps)
     assert sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir()) == ["1", "2", "3"]
