@@ -178,6 +178,12 @@ def evaluate(context: typer.Context) -> None:
     _exporter("evaluate", context.args)
 
 
+@cli.command(context_settings=_HANDED_ON)
+def report(context: typer.Context) -> None:
+    """Write the receipt of a published version: what each operating point costs here (needs the `export` extra)."""
+    _exporter("report", context.args)
+
+
 def _exporter(command: str, arguments: list[str]) -> None:
     try:
         from exporters.cli import app as exporter

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from exporters import search_cli  # noqa: F401 - its commands are the same program's
+from exporters import report_cli, search_cli  # noqa: F401 - their commands are the same program's
 from exporters.commands import app, publish, told
 from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability

@@ -60,6 +60,15 @@ class BoundConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """What a search for operating points measured of one way, on the images that it chose by."""
+
+    what: str
+    ms_per_image: float
+    lost: float  # share of the images
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """Operating points that were chosen before the export, for a network whose stages they fit."""
 
@@ -67,6 +76,7 @@ class Chosen:
     certificate: Certificate | None
     points: tuple[OperatingPoint, ...]
     bounds: Mapping[str, str]  # of each point, in words
+    tried: tuple[Tried, ...] = ()  # what they were chosen among
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,7 @@ class ExportConfig:
     bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
     candidate: bool = False  # of a search, which certifies on half of the images and measures itself: little is measured here
     chosen: Chosen | None = None  # instead of exits that are fitted
+    receipt: bool = False  # `report.html` too (`exporters.receipt`)
     fast_drop: float = 0.02  # what the operating point `fast` may lose; not more than the exits themselves may: no such point
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"

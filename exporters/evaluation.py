@@ -1,12 +1,10 @@
-"""What a variant does on labelled images: accuracy and calibration per exit, exit rates, expected cost, time.
+"""What a variant does on labelled images: accuracy and calibration per exit, exit rates, expected cost.
 
 Differences are paired: two answers for the same image are compared, so what both find hard cancels out.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,10 +18,6 @@ from exporters.progress import SILENT, Progress
 from models.manifest import PIXELS, ExitSpec, StageSpec
 
 CALIBRATION_BINS = 15  # as in Guo et al., 2017
-TIMED_BATCH = 8
-MIN_TIMED_IMAGES, MAX_TIMED_IMAGES = 32, 512  # as many as TIMED_S allows: a large network takes seconds for a few
-TIMED_ROUNDS = 5
-TIMED_S = 30.0
 NUM_CONFUSIONS = 6  # the most frequent mistakes that a report names
 Z_95 = 1.96  # standard deviations of a two-sided interval of 95 %
 
@@ -136,66 +130,6 @@ def _top_k_accuracy(logits: FloatArray, labels: Array, k: int) -> float:
     of_label = logits[np.arange(len(labels)), labels][:, None]
     not_below = (logits >= of_label).sum(axis=1)  # itself included
     return float((not_below <= k).mean())
-
-
-def milliseconds_per_image(
-    backends: Mapping[str, Backend],
-    exits: Mapping[str, Sequence[ExitSpec]],
-    pixels: Array,
-    *,
-    entries: Sequence[int] = (0,),
-) -> dict[str, dict[str, float]]:
-    """Median time of an image in each variant, without exits and with them; one thread, batch 8, all of them in turn.
-
-    With exits the survivors of a stage are batched anew, as in the service.
-
-    Args:
-        backends: by variant; exits: likewise.
-        pixels: what stage 0 takes, (N, ...); some of them, evenly spread, are timed, for about half a minute at most.
-        entries: stages that begin a network; without exits images begin at the last.
-    """
-    few = _spread(pixels, MIN_TIMED_IMAGES)
-    started = time.perf_counter()
-    for name, backend in backends.items():  # also warms up
-        _run_in_batches(backend, len(exits[name]), None, few)
-    one_round_s = 2 * (time.perf_counter() - started) / len(few)  # of an image, both ways
-    pixels = _spread(pixels, min(MAX_TIMED_IMAGES, max(MIN_TIMED_IMAGES, round(TIMED_S / TIMED_ROUNDS / one_round_s))))
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for _ in range(TIMED_ROUNDS):
-        for name, backend in backends.items():
-            for way in ("without_exits", "with_exits"):
-                policy = ExitPolicy(exits[name]) if way == "with_exits" else None
-                started = time.perf_counter()
-                _run_in_batches(backend, len(exits[name]), policy, pixels, entries)
-                seconds.setdefault((name, way), []).append(time.perf_counter() - started)
-    return {
-        name: {
-            way: _rounded(1000 * statistics.median(seconds[name, way]) / len(pixels)) for way in ("without_exits", "with_exits")
-        }
-        for name in backends
-    }
-
-
-def _spread(pixels: Array, wanted: int) -> Array:
-    """Some of them, evenly spread."""
-    return pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), wanted)).round().astype(np.int64)]
-
-
-def _run_in_batches(
-    backend: Backend, num_stages: int, policy: ExitPolicy | None, pixels: Array, entries: Sequence[int] = (0,)
-) -> None:
-    inputs: dict[str, Array] = {PIXELS: pixels}
-    for stage in range(entries[-1], num_stages) if policy is None else policy.way(entries):
-        count = len(next(iter(inputs.values())))
-        survivors: dict[str, list[Array]] = {}
-        for start in range(0, count, TIMED_BATCH):
-            output = backend.run(stage, {name: value[start : start + TIMED_BATCH] for name, value in inputs.items()})
-            stays = slice(None) if policy is None else ~policy.decide(stage, output.logits)[0]
-            for name, value in output.state.items():
-                survivors.setdefault(name, []).append(value[stays])
-        inputs = {name: np.concatenate(parts) for name, parts in survivors.items()}
-        if not inputs or not len(next(iter(inputs.values()))):
-            return
 
 
 def _rounded(value: float | np.floating, digits: int = 4) -> float:

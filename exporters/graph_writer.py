@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ IN_FP32 = ".in_fp32"  # in the name of weights inside attention: a step of INT8 
 LOW, HIGH, MEAN = ".low", ".high", ".mean"  # behind a layer's name: the extremes that calibration wants, and the mean
 ERRORS = ".errors"  # and what each of `REACHES` would do
 REACHES = (1.0, 0.7, 0.5, 0.35, 0.25)  # of bytes for weights of attention: larger ones are taken for this
+
+REDUCTIONS_KEY = "fovea.token_reductions"  # in a model's metadata: a list of `ReductionNote`, as JSON
 
 Shape = tuple[int | str, ...]
 Quantization = tuple[np.float32, np.uint8]  # scale and zero point
@@ -52,6 +55,22 @@ class ActivationRange:
     def symmetric_scale(self) -> np.float32:
         """Of -127 .. 127, for what is multiplied from the right: the kernels want it signed and without a zero point."""
         return np.float32(max(-self.low, self.high, INT8_MAX * SMALLEST_SCALE) / INT8_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class ReductionNote:
+    """What a graph tells of one reduction of its patches, so that they can be followed through it (`exporters.receipt`).
+
+    method: as `models.token_reduction` calls it; patches: how many there were; keep: how many are left.
+    order: name of the tensor that sorts patches, int64 (B, ·); nearest: of that which says what a patch goes into; "" where the
+    method has none.
+    """
+
+    method: str
+    patches: int
+    keep: int
+    order: str = ""
+    nearest: str = ""
 
 
 def symmetric_int8(weight: Array, axis: int | tuple[int, ...], *, at_least: Array | None = None) -> tuple[Array, Array]:
@@ -95,6 +114,7 @@ class GraphWriter:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, Array] = {}
         self._exposed: list[tuple[str, Shape]] = []
+        self._reductions: list[ReductionNote] = []
 
     def node(self, kind: str, *inputs: str, output: str = "", domain: str = "", **attributes: Any) -> str:
         """A node of one output."""
@@ -139,6 +159,10 @@ class GraphWriter:
     def integer_product(self, a: str, a_names: tuple[str, str], b: str, b_names: tuple[str, str]) -> str:
         """float32 a @ b of unsigned and signed bytes, each with its scale and zero point."""
         return self.node("MatMulIntegerToFloat", a, b, a_names[0], b_names[0], a_names[1], b_names[1], domain=MICROSOFT)
+
+    def note(self, reduction: ReductionNote) -> None:
+        """Told in the model's metadata, in the order of the blocks."""
+        self._reductions.append(reduction)
 
     def slice(self, x: str, start: int, end: int, *, axis: int, step: int = 1) -> str:
         """x[start:end:step] along an axis."""
@@ -225,5 +249,7 @@ class GraphWriter:
         )
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, MICROSOFT_OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="fovea")
+        if self._reductions:
+            helper.set_model_props(model, {REDUCTIONS_KEY: json.dumps([asdict(each) for each in self._reductions])})
         onnx.checker.check_model(model)
         return model

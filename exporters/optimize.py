@@ -17,8 +17,8 @@ from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters import recipe
 from exporters.certificate import LIMITS
-from exporters.config import Chosen, ExportConfig
-from exporters.evaluation import logits_per_exit, milliseconds_per_image
+from exporters.config import Chosen, ExportConfig, Tried
+from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import fit_temperature
 from exporters.fitting import FAST
 from exporters.images import ImageSet
@@ -30,6 +30,7 @@ from exporters.reporting import Images
 from exporters.risk_control import Risk
 from exporters.sources.base import SourceError
 from exporters.sources.cascade import CascadeSource, Part
+from exporters.timing import milliseconds_per_image
 from models.manifest import BALANCED, Certificate, ExitSpec, OperatingPoint
 
 CANDIDATE = "candidate"
@@ -178,9 +179,10 @@ def _publish(config: ExportConfig, graphs: Sequence[_Graph], images: Images, wor
     if BALANCED not in found or found[BALANCED].route.first == last:
         raise SourceError(_nothing(config, row, last))
     used = sorted({last, *(number for each in found.values() for number in _numbers(each.route))})
-    exits = _chosen(config, found, used, temperatures, images, risk)
+    tried = tuple(Tried(_ways(route, graphs), route.ms, route.counts.loss) for route in row)
+    exits = replace(_chosen(config, found, used, temperatures, images, risk), tried=tried)
     source = CascadeSource(work, tuple(graphs[index].part for index in used))
-    return recipe.run(replace(config, source=source, int8=False, chosen=exits), progress)
+    return recipe.run(replace(config, source=source, int8=False, chosen=exits, receipt=True), progress)
 
 
 def _answers(logits: Sequence[FloatArray], images: ImageSet, config: ExportConfig) -> Answers:
@@ -198,10 +200,14 @@ def _numbers(route: Route) -> tuple[int, ...]:
     return (route.first,) if route.then is None else (route.first, route.then)
 
 
-def _as_text(found: Found, graphs: Sequence[_Graph]) -> str:
-    names = " then ".join(
-        f"candidate {graphs[number].part.version} ({graphs[number].part.variant})" for number in _numbers(found.route)
+def _ways(route: Route, graphs: Sequence[_Graph]) -> str:
+    return " then ".join(
+        f"candidate {graphs[number].part.version} ({graphs[number].part.variant})" for number in _numbers(route)
     )
+
+
+def _as_text(found: Found, graphs: Sequence[_Graph]) -> str:
+    names = _ways(found.route, graphs)
     counts = found.counts
     proved = "proved" if found.proved else "measured"
     return (

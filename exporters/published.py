@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from app.repository.store import ModelStore
+from app.repository.store import ModelStore, StoredModel
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.targets import TargetProfile, resolve_profile
 from app.types import FloatArray
-from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import evaluate, logits_per_exit
 from exporters.images import classes_by_folder, read_images
 from exporters.model_card import by_class, milliseconds, mistakes, percent, points
 from exporters.progress import SILENT, Progress
+from exporters.timing import milliseconds_per_image
 from models.manifest import HardwareTarget, ModelManifest
 
 
@@ -59,15 +60,12 @@ def remeasure(
     numbers = None if folders is None else {folder: number for number, folder in enumerate(folders)}
     numbers = numbers if classes is None else classes_by_folder(classes, stored.labels)
     image_set = read_images(images, stored.labels, manifest.preprocess, folders=numbers, progress=progress)
-    profile = one_thread()
-    here = {HardwareTarget.CPU, *([HardwareTarget.CPU_VNNI] if has_exact_int8() else [])}
-    variants = [variant for variant in manifest.variants if here & set(variant.targets)]
-    backends = {variant.name: OrtBackend(stored.directory, manifest, variant.name, profile) for variant in variants}
-    exits = {variant.name: variant.exits for variant in variants}
+    backends = backends_here(stored)
+    exits = {name: manifest.variant(name).exits for name in backends}
     logits: dict[str, list[FloatArray]] = {
         name: logits_per_exit(backend, len(manifest.stages), image_set.pixels, progress) for name, backend in backends.items()
     }
-    reference = logits.get("fp32", logits[variants[0].name])[-1]
+    reference = logits.get("fp32", next(iter(logits.values())))[-1]
     return Remeasured(
         manifest,
         stored.labels,
@@ -76,6 +74,16 @@ def remeasure(
         {name: evaluate(logits[name], image_set.labels, exits[name], manifest.stages, reference) for name in backends},
         milliseconds_per_image(backends, exits, image_set.pixels, entries=manifest.entries),
     )
+
+
+def backends_here(stored: StoredModel) -> dict[str, OrtBackend]:
+    """Of every variant that this CPU runs exactly, in the order of the manifest; one thread."""
+    here = {HardwareTarget.CPU, *([HardwareTarget.CPU_VNNI] if has_exact_int8() else [])}
+    return {
+        variant.name: OrtBackend(stored.directory, stored.manifest, variant.name, one_thread())
+        for variant in stored.manifest.variants
+        if here & set(variant.targets)
+    }
 
 
 def from_report(directory: Path) -> Remeasured:

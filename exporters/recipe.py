@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,9 @@ from exporters.other_targets import as_fp16, as_qdq
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
 from exporters.publishing import AlreadyPublished, build_directory, checksums, publish
+from exporters.receipt.examples import find_examples
+from exporters.receipt.measuring import Subject, measure
+from exporters.receipt.page import PAGE_FILE, as_page
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
 from exporters.reporting import FULL, FittedVariant, Images, provenance, report
 from exporters.schedule_search import find_schedule
@@ -105,10 +108,31 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         found = report(fitted, draft, images, difference, full)
         shutil.rmtree(build / FULL, ignore_errors=True)
         origin = provenance(config, network, images) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
+        if config.receipt:
+            told = _manifest(config, stages, spec, build, fitted, origin, targets)
+            found["receipt"] = _write_receipt(config, told, network.labels, fitted, images.test, build, progress)
         (build / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, found, origin))
         progress.step("publishing")
         return publish(build, _manifest(config, stages, spec, build, fitted, origin, targets), config.repository)
+
+
+def _write_receipt(
+    config: ExportConfig,
+    manifest: ModelManifest,
+    labels: Sequence[str],
+    fitted: Mapping[str, FittedVariant],
+    test: ImageSet,
+    build: Path,
+    progress: Progress,
+) -> dict[str, object]:
+    """The page beside what is built, and its figures."""
+    backends = {name: variant.backend for name, variant in fitted.items()}
+    subject = Subject(build, manifest, backends, {name: variant.test_logits for name, variant in fitted.items()})
+    labelled, tried = not config.unlabelled, () if config.chosen is None else config.chosen.tried
+    receipt = measure(subject, test, labelled=labelled, tried=tried, progress=progress)
+    (build / PAGE_FILE).write_text(as_page(receipt, find_examples(subject, test, labels, labelled=labelled)))
+    return asdict(receipt)
 
 
 def check(config: ExportConfig) -> None:

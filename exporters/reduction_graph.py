@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporters.graph_writer import GraphWriter
+from exporters.graph_writer import GraphWriter, ReductionNote
 from models.slow_fast import REMEMBERED
 from models.token_reduction import CLUSTER_ROUNDS, TINY, TokenReduction
 
@@ -53,29 +53,37 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
     Raises:
         NotImplementedError: the method has no graph.
     """
-    keep = reduction.keep
-    match reduction.method:
+    method, keep, count = reduction.method, reduction.keep, patches.count
+    match method:
         case "tome":
-            return _tome(graph, patches, patches.count - keep)
+            return _tome(graph, patches, count - keep)
         case "evit":
-            score, order = _sorted(graph, patches.class_attention(graph), patches.count)
+            score, order = _sorted(graph, patches.class_attention(graph), count)
+            graph.note(ReductionNote(method, count, keep, order))
             return _fuse(graph, patches, order, score, keep), ""
         case "tps":
-            _, order = _sorted(graph, patches.class_attention(graph), patches.count)
+            _, order = _sorted(graph, patches.class_attention(graph), count)
             return _squeeze(graph, patches, order, keep), ""
         case "token_pooling":
             return _pool_clusters(graph, patches, keep), ""
         case "top_k_attention":
-            return take(graph, patches.tokens, top_k(graph, patches.class_attention(graph), keep)), ""
+            return _keep(graph, method, patches, patches.class_attention(graph), keep), ""
         case "top_k_norm":
             norm = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=0)
-            return take(graph, patches.tokens, top_k(graph, norm, keep)), ""
+            return _keep(graph, method, patches, norm, keep), ""
     raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
 
 
 def top_k(graph: GraphWriter, score: str, keep: int) -> str:
     """Indices (B, keep) of the highest scores."""
     return _sorted(graph, score, keep)[1]
+
+
+def _keep(graph: GraphWriter, method: str, patches: Patches, score: str, keep: int) -> str:
+    """The patches of the highest scores, (B, keep, D)."""
+    order = top_k(graph, score, keep)
+    graph.note(ReductionNote(method, patches.count, keep, order))
+    return take(graph, patches.tokens, order)
 
 
 def _sorted(graph: GraphWriter, score: str, keep: int) -> tuple[str, str]:
@@ -155,6 +163,7 @@ def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, s
     _, order = _sorted(graph, best, num_looking)
     sources = graph.slice(order, 0, num_merged, axis=1)
     unmatched = graph.slice(order, num_merged, num_looking, axis=1)
+    graph.note(ReductionNote("tome", count, count - num_merged, order, nearest))
     put = _put(graph, take(graph, nearest, sources), num_found)  # (B, found, r)
 
     # The size is one more feature, so that one product moves both.
@@ -190,7 +199,9 @@ def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str
     transposed = graph.node("Transpose", _normalised(graph, kept), perm=[0, 2, 1])
     cosine = graph.node("MatMul", _normalised(graph, rest), transposed)
     share = graph.node("Exp", graph.node("ReduceMax", cosine, graph.constant([-1]), keepdims=1))  # (B, r, 1)
-    put = _put(graph, graph.node("ArgMax", cosine, axis=-1, keepdims=0), keep)
+    nearest = graph.node("ArgMax", cosine, axis=-1, keepdims=0)
+    graph.note(ReductionNote("tps", patches.count, keep, order, nearest))
+    put = _put(graph, nearest, keep)
     own = graph.scalar("e", np.e)
     mixed = graph.node("Add", graph.node("Mul", kept, own), graph.node("MatMul", put, graph.node("Mul", rest, share)))
     return graph.node("Div", mixed, graph.node("Add", graph.node("MatMul", put, share), own))
@@ -204,11 +215,14 @@ def _pool_clusters(graph: GraphWriter, patches: Patches, keep: int) -> str:
     medoids = top_k(graph, score, keep)
     far = graph.scalar("far", float(np.finfo(np.float32).max) / 4)
     for _ in range(CLUSTER_ROUNDS):
-        members = graph.node("Transpose", _members(graph, distance, medoids, keep), perm=[0, 2, 1])  # (B, M, keep)
+        put = _put(graph, _nearest(graph, distance, medoids), keep)
+        members = graph.node("Transpose", put, perm=[0, 2, 1])  # (B, M, keep)
         cost = graph.node("MatMul", distance, graph.node("Mul", members, share))
         foreign = graph.node("Mul", graph.node("Sub", graph.scalar("one", 1), members), far)
         medoids = graph.node("ArgMin", graph.node("Add", cost, foreign), axis=1, keepdims=0)
-    put = _members(graph, distance, medoids, keep)
+    nearest = _nearest(graph, distance, medoids)
+    graph.note(ReductionNote("token_pooling", patches.count, keep, nearest=nearest))
+    put = _put(graph, nearest, keep)
     total = graph.node("Max", graph.node("MatMul", put, share), graph.scalar("tiny", TINY))
     return graph.node("Div", graph.node("MatMul", put, graph.node("Mul", x, share)), total)
 
@@ -222,7 +236,6 @@ def _distances(graph: GraphWriter, x: str) -> str:
     return graph.node("Sqrt", graph.node("Max", squared, graph.scalar("zero", 0)))
 
 
-def _members(graph: GraphWriter, distance: str, medoids: str, keep: int) -> str:
-    """Who belongs to whom, as ones and zeros, (B, keep, M)."""
-    nearest = graph.node("ArgMin", take(graph, distance, medoids), axis=1, keepdims=0)  # distances are symmetric
-    return _put(graph, nearest, keep)
+def _nearest(graph: GraphWriter, distance: str, medoids: str) -> str:
+    """Which of the medoids each patch belongs to, (B, M)."""
+    return graph.node("ArgMin", take(graph, distance, medoids), axis=1, keepdims=0)  # distances are symmetric

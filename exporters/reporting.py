@@ -14,10 +14,11 @@ from pathlib import Path
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters.config import ExportConfig
-from exporters.evaluation import evaluate, logits_per_exit, milliseconds_per_image
+from exporters.evaluation import evaluate, logits_per_exit
 from exporters.exit_fitting import with_thresholds
 from exporters.images import ImageSet
 from exporters.sources.base import Loaded
+from exporters.timing import milliseconds_per_image
 from models.manifest import Certificate, ExitSpec, ModelManifest, OperatingPoint
 
 FULL = "full"  # fp32 without token reduction: what a reduced version is compared with; never published

@@ -18,7 +18,7 @@ from torch import nn
 
 from app.types import Array
 from exporters.attention_graph import INT8_FROM_TOKENS, by_head, gather_tokens, mix, scores
-from exporters.graph_writer import IN_FP32, ActivationRange, GraphWriter, Shape
+from exporters.graph_writer import IN_FP32, ActivationRange, GraphWriter, ReductionNote, Shape
 from exporters.reduction_graph import Patches, reduce_patches, remembered, split_patches, take, top_k
 from exporters.stem import conv_stem, patch_projection
 from models.learned_pruning import LearnedPruning
@@ -274,7 +274,9 @@ class _VitGraph(GraphWriter):
         weight, bias = weight[:, :1] - weight[:, 1:], bias[:1] - bias[1:]
         odds = self.node("MatMul", x, self.weight(f"{name}{IN_FP32}.out3.weight", weight))
         odds = self.node("Squeeze", self.node("Add", odds, self.weight(f"{name}.out3.bias", bias)), self.constant([-1]))
-        kept = take(self, patches, top_k(self, odds, module.keep))
+        order = top_k(self, odds, module.keep)
+        self.note(ReductionNote("dynamicvit", tokens.count - num_prefix, module.keep, order))
+        kept = take(self, patches, order)
         x = self.node("Concat", self.slice(tokens.x, 0, num_prefix, axis=1), kept, axis=1) if num_prefix else kept
         return _Tokens(x, "", num_prefix + module.keep)
 

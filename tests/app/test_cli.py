@@ -93,7 +93,7 @@ def test_the_version_is_printed_alone(fovea: Fovea) -> None:
 def test_without_a_command_there_is_help(fovea: Fovea) -> None:
     """That names every command."""
     done = fovea()
-    for command in ("serve", "predict", "models", "check", "export", "quantize", "cascade", "optimize", "evaluate"):
+    for command in ("serve", "predict", "models", "check", "export", "quantize", "cascade", "optimize", "evaluate", "report"):
         assert command in done.out + done.err
 
 
@@ -324,6 +324,7 @@ def test_exporting_without_torch_says_what_to_install(fovea: Fovea, monkeypatch:
         ("cascade", "--dear"),
         ("optimize", "--shares"),
         ("evaluate", "--diagram"),
+        ("report", "--out"),
     ],
 )
 def test_the_exporters_commands_hand_their_options_on(fovea: Fovea, command: str, option: str) -> None:

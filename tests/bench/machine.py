@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 
 from app import __version__
 from app.runtime.cpu import has_exact_int8, num_cpus
+from exporters.machine import cpu_model, installed, kernel
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "numpy", "pillow", "uvicorn", "uvloop")
 _TAKES_A_PLACE = {"--images": "DIR", "--url": "URL", "--output": "FILE"}  # options whose value is not told
@@ -27,10 +26,10 @@ def facts(root: Path) -> dict[str, str]:
     load, _, _ = os.getloadavg()
     return {
         "Date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "Machine": f"{_cpu_model()}, {num_cpus()} of {os.cpu_count()} CPUs, "
+        "Machine": f"{cpu_model()}, {num_cpus()} of {os.cpu_count()} CPUs, "
         f"int8 dot product: {'yes' if has_exact_int8() else 'no'}, {psutil.virtual_memory().total / 2**30:.0f} GiB memory",
         "Other load": f"load average {load:.2f} over the minute before the start",
-        "Versions": f"fovea {__version__}, Python {platform.python_version()}, {_packages()}, {platform.system()} {_kernel()}",
+        "Versions": f"fovea {__version__}, Python {platform.python_version()}, {installed(PACKAGES)}, {kernel()}",
         "Commit": _commit(root),
     }
 
@@ -57,28 +56,6 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> st
 
 def _hidden(value: str) -> str:
     return "DIR" if "/" in value or "\\" in value else value
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else f"{platform.processor() or platform.machine()} CPU"
-
-
-def _kernel() -> str:
-    return ".".join(platform.release().split("-")[0].split(".")[:2])
-
-
-def _packages() -> str:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def _commit(root: Path) -> str:

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-import collections
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from app.types import Array
+from exporters.receipt.operators import milliseconds_by_operator
 from models.manifest import PIXELS
 from tests.bench.graphs import session
 
 PRODUCTS = {"MatMul", "FusedMatMul", "MatMulIntegerToFloat", "Gemm", "Conv", "QLinearConv"}
 SIDE = 1024  # of the square matrices whose product is the limit
-
-
-def milliseconds_by_operator(graph: onnx.ModelProto, pixels: Array, *, runs: int = 12) -> dict[str, float]:
-    """Milliseconds an image that each kind of operator takes, most first; one thread.
-
-    Args:
-        pixels: one batch.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.enable_profiling = True
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        profiled = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for _ in range(runs):
-            profiled.run(None, {PIXELS: pixels})
-        events = json.loads(Path(profiled.end_profiling()).read_text())
-    microseconds: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            microseconds.setdefault((event["name"], event["args"]["op_name"]), []).append(event["dur"])
-    found: collections.Counter[str] = collections.Counter()
-    for (_, kind), each in microseconds.items():
-        found[kind] += statistics.median(each) / 1000 / len(pixels)  # type: ignore[assignment]  # floats can be counted too
-    return dict(found.most_common())
 
 
 def gflops(*, integers: bool, seconds: float = 1.0) -> float:
@@ -91,7 +61,7 @@ def profile_table(graphs: Mapping[str, onnx.ModelProto], gmacs: Mapping[str, flo
         pixels: one batch.
     """
     limits = {name: gflops(integers=not name.startswith("fp32")) for name in graphs}
-    times = {name: milliseconds_by_operator(graph, pixels) for name, graph in graphs.items()}
+    times = {name: milliseconds_by_operator(graph.SerializeToString(), {PIXELS: pixels}) for name, graph in graphs.items()}
     kinds = list(dict.fromkeys(kind for each in times.values() for kind in each))
     totals = {name: sum(each.values()) for name, each in times.items()}
     kinds = [kind for kind in kinds if any(times[name].get(kind, 0) > 0.005 * totals[name] for name in graphs)]

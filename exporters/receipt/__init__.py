@@ -1,0 +1,1 @@
+"""The receipt: what a version does on a machine, in a page for people and in figures for programs."""
