@@ -38,6 +38,21 @@ def entropy(probabilities: FloatArray) -> FloatArray:
     return score
 
 
+PATIENCE = "patience"  # a score that needs to know what the exits before said: a `History`
+History = npt.NDArray[np.int64]  # (B, 2): the class that the last exit gave, and how many exits in a row gave it
+
+
+def no_history(count: int) -> History:
+    """Of images that no exit has seen."""
+    return np.tile(np.array([-1, 0]), (count, 1))
+
+
+def with_answers(history: History, logits: FloatArray) -> History:
+    """With what one more exit says, (B, C)."""
+    answers = logits.argmax(axis=-1)
+    return np.stack([answers, np.where(history[:, 0] == answers, history[:, 1] + 1, 1)], axis=1)
+
+
 SCORES: dict[str, Callable[[FloatArray], FloatArray]] = {"max_softmax": max_softmax, "margin": margin, "entropy": entropy}
 
 
@@ -52,6 +67,7 @@ class ExitPolicy:
 
     def __init__(self, exits: Sequence[ExitSpec], points: Sequence[Sequence[float | None]] | None = None) -> None:
         self._exits = tuple(exits)
+        self.patient = any(exit_.score == PATIENCE for exit_ in exits)  # needs a history
         chosen = [[exit_.threshold for exit_ in exits]] if points is None else points
         # (stages, points); the comparison is in float32, as scores are
         self._thresholds = np.array(
@@ -74,9 +90,9 @@ class ExitPolicy:
             entries: stages that begin a network; one of them the first.
             point: the operating point.
         """
-        if stage not in entries:
-            return stage
         passed = self._thresholds[:, point] > 1
+        if stage not in entries or (self.patient and not passed[:-1].all()):  # who is passed over could not agree
+            return stage
         return max(to for to in entries if to >= stage and passed[stage:to].all())
 
     def way(self, entries: Sequence[int], point: int = 0) -> list[int]:
@@ -91,7 +107,7 @@ class ExitPolicy:
         return softmax(logits, self._exits[stage].temperature)
 
     def decide(
-        self, stage: int, logits: FloatArray, point: int | Sequence[int] = 0
+        self, stage: int, logits: FloatArray, point: int | Sequence[int] = 0, history: History | None = None
     ) -> tuple[npt.NDArray[np.bool_], FloatArray]:
         """Which images leave after this stage.
 
@@ -99,11 +115,20 @@ class ExitPolicy:
             stage: index from 0; from the last stage every image leaves.
             logits: float32 (B, C).
             point: the operating point of all images, or of each.
+            history: with this exit's answers, where the policy is `patient`.
 
         Returns:
             leave: bool (B,); confidence: the exit's score, float32 (B,).
+
+        Source of patience: Zhou et al., BERT Loses Patience, NeurIPS 2020; with the probability for those who agree alike.
         """
         spec = self._exits[stage]
-        confidence = SCORES[spec.score](softmax(logits, spec.temperature))
+        probabilities = softmax(logits, spec.temperature)
+        if spec.score != PATIENCE:
+            confidence = SCORES[spec.score](probabilities)
+        elif history is None:
+            raise ValueError("patience is a matter of the exits before: a history is needed")
+        else:
+            confidence = ((history[:, 1] - 1 + max_softmax(probabilities)) / self.num_stages).astype(np.float32)
         leave: npt.NDArray[np.bool_] = np.asarray(confidence >= self._thresholds[stage, point])
         return leave, confidence

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.exits import SCORES
-from app.postprocess import softmax
 from app.types import Array, FloatArray
 from exporters.config import BoundConfig, ExitConfig
-from exporters.exit_fitting import NEVER, fit_exit_path, never_early, route
+from exporters.exit_fitting import NEVER, fit_exit_path, never_early, route, scores_of
 from exporters.risk_control import PairedCounts, Risk, images_needed, last_safe, paired_counts
 from models.manifest import Certificate, ExitSpec
 
@@ -111,12 +109,12 @@ def _path(
     The cheapest that lose nothing on the images they were fitted on lose something on others.
     """
     fitted = fit_exit_path(logits, labels, stage_costs, config, [float(step) * epsilon for step in STEPS])
-    leaves_at = route(logits, fitted[0]).exit_stage
+    leaves_at, scores_at = route(logits, fitted[0]).exit_stage, scores_of(logits, fitted[0])
     careful = []
     for share in SHARES:
         exits = list(fitted[0])
         for stage, exit_ in enumerate(exits[:-1]):
-            scores = np.sort(SCORES[exit_.score](softmax(logits[stage][leaves_at == stage], exit_.temperature)))[::-1]
+            scores = np.sort(scores_at[stage][leaves_at == stage])[::-1]
             last = int(share * len(scores)) - 1
             exits[stage] = exit_.model_copy(update={"threshold": float(scores[last]) if last >= 0 else NEVER})
         careful.append(tuple(exits))

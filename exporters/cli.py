@@ -21,11 +21,13 @@ from exporters.options import (
     INT8,
     USUAL_CONFIDENCE,
     USUAL_FAST_DROP,
+    USUAL_SCORE,
     Agreement,
     Confidence,
     FastDrop,
     Fp32Layers,
     MaxDrop,
+    Score,
     bound_of,
     lines,
     named_paths,
@@ -88,11 +90,15 @@ def export(
             "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="A last exit that sees the mirror image too, for images that no other is sure of.")
+    ] = False,
     target_agreement: Agreement = 100 * INT8.target_agreement,
     max_fp32_layers: Fp32Layers = INT8.max_fp32_layers,
     max_drop: MaxDrop = 0.5,
     fast_drop: FastDrop = USUAL_FAST_DROP,
     confidence: Confidence = USUAL_CONFIDENCE,
+    score: Score = USUAL_SCORE,
     also: Annotated[list[str] | None, typer.Option(help="NAME=PATH: further labelled images, measured too.")] = None,
     also_classes: Annotated[Path | None, typer.Option(exists=True, help="JSON {folder: class} of those.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be made, and make nothing.")] = False,
@@ -133,8 +139,9 @@ def export(
             qdq=qdq,
             fp16=fp16,
             reduction=reduce,
+            mirror=mirror,
             quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
-            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
             bound=bound_of(max_drop, confidence),
             fast_drop=fast_drop / 100,
             data=data,
@@ -146,6 +153,7 @@ def export(
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
                     **where_other(target_agreement, max_fp32_layers, fast_drop, confidence),
+                    "--score": None if score is USUAL_SCORE else score.value,
                     "--timm-config": timm_config,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),
                     "--onnx": onnx,
@@ -163,7 +171,13 @@ def export(
                 },
                 flags=[
                     flag
-                    for flag, given in {"--no-int8": not int8, "--qdq": qdq, "--fp16": fp16, "--unlabelled": unlabelled}.items()
+                    for flag, given in {
+                        "--no-int8": not int8,
+                        "--qdq": qdq,
+                        "--fp16": fp16,
+                        "--mirror": mirror,
+                        "--unlabelled": unlabelled,
+                    }.items()
                     if given
                 ],
             ),
@@ -197,6 +211,7 @@ def quantize(
     max_drop: MaxDrop = 0.5,
     fast_drop: FastDrop = USUAL_FAST_DROP,
     confidence: Confidence = USUAL_CONFIDENCE,
+    score: Score = USUAL_SCORE,
 ) -> None:
     """Give a published version INT8, or calibrate it anew: its fp32 stages, INT8 and exits fitted on these images."""
     console = Console()
@@ -213,7 +228,7 @@ def quantize(
             unlabelled=unlabelled,
             folders=numbered(folders),
             quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_layers=max_fp32_layers),
-            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
             bound=bound_of(max_drop, confidence),
             fast_drop=fast_drop / 100,
             data=stated.get("data", "not stated"),
@@ -226,6 +241,7 @@ def quantize(
                     "--from": stored.version,
                     "--max-drop": f"{max_drop:g}",
                     **where_other(target_agreement, max_fp32_layers, fast_drop, confidence),
+                    "--score": None if score is USUAL_SCORE else score.value,
                     "--folders": folders,
                     "--calibration": calibration,
                     "--test": test,

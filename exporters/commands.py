@@ -14,7 +14,7 @@ from rich.markup import escape
 from app.errors import ServiceError
 from exporters.config import ExportConfig
 from exporters.images import ImageSetError
-from exporters.model_card import exits_cost_more
+from exporters.model_card import exits_cost_more, unlike_images
 from exporters.progress import ConsoleProgress
 from exporters.published import from_report, print_tables
 from exporters.publishing import AlreadyPublished
@@ -69,6 +69,8 @@ def show(console: Console, config: ExportConfig, directory: Path) -> None:
     """What was measured of a version that was just published."""
     found = from_report(directory)
     print_tables(console, found)
-    if warning := exits_cost_more(found.variants, config.exits.max_accuracy_drop):
-        console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
+    report = json.loads((directory / "report.json").read_text())
+    for warning in (exits_cost_more(found.variants, config.exits.max_accuracy_drop), unlike_images(report)):
+        if warning:
+            console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True, highlight=False)
     console.print(f"published {directory}", soft_wrap=True)

@@ -109,6 +109,7 @@ class ExportConfig:
     folders: Mapping[str, int] | None = None  # the class of each folder of images; None: folders are labels
     other_images: Mapping[str, Path] = field(default_factory=dict)  # by name: measured too, and only that
     other_folders: Mapping[str, int] | None = None  # likewise, of those
+    better_than_chance: bool = True  # refuse images to fit on that the network does not know
     int8: bool = True
     qdq: bool = False  # INT8 for OpenVINO too, as QDQ pairs
     fp16: bool = False  # for GPUs
@@ -118,10 +119,10 @@ class ExportConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     exits: ExitConfig = field(default_factory=ExitConfig)
     bound: BoundConfig | None = None  # None: exits are fitted, and nothing is proved
-    candidate: bool = False  # of a search, which certifies on half of the images and measures itself: little is measured here
     chosen: Chosen | None = None  # instead of exits that are fitted
     receipt: bool = False  # `report.html` too (`exporters.receipt`)
     fast_drop: float = 0.02  # what the operating point `fast` may lose; not more than the exits themselves may: no such point
+    mirror: bool = False  # a last exit that sees the mirror image too (`exporters.mirror`)
     exit_heads: ExitHeadConfig = field(default_factory=ExitHeadConfig)
     licence: str = "not stated"
     data: str = ""  # one sentence on the training data, for the model card

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from app.exits import SCORES, ExitPolicy
+from app.exits import ExitPolicy, no_history, with_answers
 from app.postprocess import softmax
 from app.types import Array, FloatArray
 from exporters.config import ExitConfig
@@ -51,11 +51,23 @@ def route(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> Routing:
     """Send images through exits; `logits` (N, C) of every exit, for all images."""
     count = len(logits[0])
     exit_stage = np.full(count, len(exits) - 1)
-    policy = ExitPolicy(exits)  # the very decision that serves
-    for stage in reversed(range(len(exits) - 1)):
-        exit_stage[policy.decide(stage, logits[stage])[0]] = stage
+    for stage, (leave, _) in reversed([*enumerate(_decisions(logits, exits))]):
+        exit_stage[leave] = stage
     predicted = np.stack([stage_logits.argmax(axis=1) for stage_logits in logits])[exit_stage, np.arange(count)]
     return Routing(exit_stage, predicted)
+
+
+def scores_of(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> list[FloatArray]:
+    """The score of each early exit, (N,) each, for images that went through all before."""
+    return [score for _, score in _decisions(logits, exits)]
+
+
+def _decisions(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> Iterator[tuple[Array, FloatArray]]:
+    """Of each early exit, by the very decision that serves: who would leave, and the scores."""
+    policy, history = ExitPolicy(exits), no_history(len(logits[0]))
+    for stage in range(len(exits) - 1):
+        history = with_answers(history, logits[stage])
+        yield policy.decide(stage, logits[stage], 0, history)
 
 
 def fit_exits(
@@ -79,7 +91,7 @@ def fit_exit_path(
 ) -> list[tuple[ExitSpec, ...]]:
     """As `fit_exits`, for several allowed drops of accuracy, shares of the images."""
     temperatures = [fit_temperature(stage_logits, labels) for stage_logits in logits]
-    scores = [SCORES[config.score](softmax(z, t)) for z, t in zip(logits[:-1], temperatures[:-1], strict=True)]
+    scores = scores_of(logits, [ExitSpec(score=config.score, temperature=each, threshold=NEVER) for each in temperatures])
     correct = np.stack([stage_logits.argmax(axis=1) == labels for stage_logits in logits])
     path = _fit_thresholds(scores, correct, np.cumsum(stage_costs), max_drops)
     last = ExitSpec(score=config.score, temperature=temperatures[-1] if config.labelled else 1.0, threshold=None)

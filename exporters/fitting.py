@@ -13,7 +13,7 @@ from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import fit_exits
 from exporters.progress import Progress
 from exporters.reporting import FittedVariant, Images
-from exporters.validation import validate_quantized
+from exporters.validation import validate_images, validate_quantized
 from models.manifest import BALANCED, OperatingPoint, StageSpec
 
 FAST = "fast"
@@ -39,19 +39,22 @@ def fit_variants(
         progress: told what is proved.
 
     Raises:
-        ValidationError: a variant differs too much from fp32 on the fitting images.
+        ValidationError: a variant differs too much from fp32 on the fitting images, or those are not such as it knows.
     """
     costs, labels = [stage.gmacs for stage in stages], images.fitting.labels
     logits = {name: logits_per_exit(each, len(costs), images.fitting.pixels, progress) for name, each in backends.items()}
     base, *others = backends
+    if config.better_than_chance and not config.unlabelled:
+        validate_images(logits[base][-1], labels)
     for name in others:
         validate_quantized(name, logits[base][-1], logits[name][-1], labels, config.quantization)
     fitted = {}
     for name, backend in backends.items():
+        top1 = float((logits[name][-1].argmax(axis=1) == labels).mean())
         if (chosen := config.chosen) is not None:
             test_logits = logits_per_exit(backend, len(costs), images.test.pixels, progress)
             fitted[name] = FittedVariant(
-                backend, chosen.exits, test_logits, chosen.certificate, chosen.points, dict(chosen.bounds)
+                backend, chosen.exits, test_logits, chosen.certificate, chosen.points, dict(chosen.bounds), top1
             )
             continue
         seen: Answers = [each[unseen] for each in logits[name]], labels[unseen]
@@ -69,7 +72,7 @@ def fit_variants(
             if bound:
                 progress.step(f"{name}, {point}: {bound}")
         test_logits = logits_per_exit(backend, len(costs), images.test.pixels, progress)
-        fitted[name] = FittedVariant(backend, balanced.exits, test_logits, balanced.certificate, tuple(points), bounds)
+        fitted[name] = FittedVariant(backend, balanced.exits, test_logits, balanced.certificate, tuple(points), bounds, top1)
     return fitted
 
 

@@ -40,7 +40,7 @@ def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], 
         for index in range(len(manifest.stages)):
             output = backend.run(index, inputs)
             rounded: dict[str, Array] = {key: _small(value) for key, value in output.state.items() if key != PIXELS}
-            inputs = {key: value.astype(np.float32) for key, value in rounded.items()}
+            inputs = {key: value.astype(output.state[key].dtype) for key, value in rounded.items()}
             if PIXELS in output.state:  # of a cascade, for its next network
                 inputs[PIXELS] = pixels
             arrays[golden_key(name, index, LOGITS)] = output.logits
@@ -49,5 +49,7 @@ def write_golden(path: Path, pixels: Array, backends: Mapping[str, OrtBackend], 
 
 
 def _small(value: Array) -> Array:
-    """In float16, where it reaches so far."""
+    """Floats in float16, where it reaches so far."""
+    if value.dtype != np.float32:
+        return value
     return value.astype(np.float16) if np.abs(value).max() <= np.finfo(np.float16).max else value

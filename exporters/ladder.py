@@ -9,7 +9,7 @@ Pareto Testing, ICLR 2023; the tests are those of `exporters.risk_control`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -42,7 +42,8 @@ class Answers:
 class Route:
     """Graphs by their number, cheapest 0: `first`, and `then` for images whose score there is below the threshold.
 
-    ms: mean time of an image. counts: against the reference, on the images that the route was chosen by.
+    ms: mean time of an image. counts: against the reference, on the images that the route was chosen by. loss: as estimated
+    from those for other images, a share.
     """
 
     first: int
@@ -50,6 +51,7 @@ class Route:
     threshold: float  # of the first; `ALWAYS` where nobody goes on
     ms: float
     counts: PairedCounts
+    loss: float
 
     def thresholds(self, num_graphs: int) -> tuple[float, ...]:
         """Of every graph but the last, as an operating point of a version whose stages are the graphs."""
@@ -70,7 +72,15 @@ class Found:
     counts: PairedCounts  # on the images set apart where there are any, else on those it was chosen by
 
 
-def pareto_row(answers: Answers, ms: Sequence[float], temperatures: Sequence[float], risk: Risk, score: str) -> list[Route]:
+def pareto_row(
+    answers: Answers,
+    ms: Sequence[float],
+    temperatures: Sequence[float],
+    risk: Risk,
+    score: str,
+    *,
+    allowed: Callable[[Route], bool] = lambda _: True,
+) -> list[Route]:
     """All images to the dearest graph; then routes that no other beats in both time and loss, the fastest last.
 
     Args:
@@ -79,26 +89,50 @@ def pareto_row(answers: Answers, ms: Sequence[float], temperatures: Sequence[flo
         temperatures: of each graph's logits.
         risk: what counts as a loss.
         score: of `app.exits.SCORES`.
+        allowed: of those alone.
     """
     labels = answers.labels if risk == "accuracy" else None
     predicted = [each.argmax(axis=1) for each in answers.logits]
-    routes = [
-        Route(index, None, ALWAYS, float(ms[index]), paired_counts(answers.reference, predicted[index], labels))
-        for index in range(len(ms))
-    ]
+    posterior = softmax(answers.logits[-1], temperatures[-1])
+
+    def route(first: int, then: int | None, threshold: float, cost: float, given: Array) -> Route:
+        counts = paired_counts(answers.reference, given, labels)
+        return Route(first, then, threshold, cost, counts, _estimated(counts, posterior, answers.reference, given, risk))
+
+    routes = [route(index, None, ALWAYS, float(ms[index]), predicted[index]) for index in range(len(ms))]
     for first, then in combinations(range(len(ms)), 2):
         scores = SCORES[score](softmax(answers.logits[first], temperatures[first]))
         for threshold in np.unique(np.quantile(scores, 1 - SHARES)):
             stays = scores < np.float32(threshold)
             both = np.where(stays, predicted[then], predicted[first])
             cost = float(ms[first]) + float(ms[then]) * float(stays.mean())
-            routes.append(Route(first, then, float(threshold), cost, paired_counts(answers.reference, both, labels)))
+            routes.append(route(first, then, float(threshold), cost, both))
     row: list[Route] = []
-    for route in sorted(routes, key=lambda each: (each.ms, each.counts.loss)):
-        if not row or route.counts.loss < row[-1].counts.loss:
-            row.append(route)
-    dearest = routes[len(ms) - 1]
-    return [dearest, *(route for route in reversed(row) if route is not dearest)]
+    kept, dearest = [route for route in routes if allowed(route)], routes[len(ms) - 1]
+    for way in sorted(kept, key=lambda each: (each.ms, each.loss)):
+        if not row or way.loss < row[-1].loss:
+            row.append(way)
+    return [*([dearest] if dearest in kept else []), *(way for way in reversed(row) if way is not dearest)]
+
+
+def _estimated(counts: PairedCounts, posterior: FloatArray, reference: Array, given: Array, risk: Risk) -> float:
+    """The loss to be expected on other images: the mean of two estimates where labels are noisy.
+
+    The labels of some hundred images say what is lost without bias, and with much chance: the best of many routes is one that
+    was lucky. What the reference network gives its own answer more than the other, calibrated, varies far less, and is too
+    severe where the other is right. (DeiT-Tiny and ViT-Tiny on 500 images: routes chosen for 0.5 points by labels alone lose
+    0.9 on others, by the mean of both 0.3 and 0.0.)
+
+    Args:
+        counts: by labels; posterior: calibrated probabilities of the reference network, (N, C).
+        reference, given: its classes, and the route's, (N,).
+        risk: disagreement has no noise, and counts as it is.
+    """
+    if risk == "disagreement":
+        return counts.loss
+    rows = np.arange(len(reference))
+    severe = float((posterior[rows, reference] - posterior[rows, given]).mean())
+    return (counts.loss + severe) / 2
 
 
 def answer(route: Route, answers: Answers, temperatures: Sequence[float], score: str) -> Array:
@@ -134,9 +168,9 @@ def choose(
         score: as the row was made with.
     """
     if apart is None:
-        kept = [route for route in row if route.counts.loss <= epsilon]
+        kept = [route for route in row if route.loss <= epsilon]
         return Found(kept[-1], False, kept[-1].counts) if kept else None
-    within = [route for route in row if route.counts.loss <= BEYOND * epsilon]
+    within = [route for route in row if route.loss <= BEYOND * epsilon]
     labels = apart.labels if risk == "accuracy" else None
     counts = [paired_counts(apart.reference, answer(route, apart, temperatures, score), labels) for route in within]
     last = last_safe(counts, risk, epsilon, delta)

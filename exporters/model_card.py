@@ -5,6 +5,7 @@ Mitchell et al., Model Cards for Model Reporting, FAT* 2019.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ at its last exit and without token reduction.
 """
 
 NAMED_CLASSES = 20
+DEVIATIONS, NOTABLE = 4.0, 0.03  # beyond both, two sets of images are not alike: standard deviations, share of right answers
 
 
 def model_card(
@@ -70,8 +72,8 @@ def model_card(
         [[name, *(percent(value) for value in figures["ece_by_exit"])] for name, figures in variants.items()],
     )
     last, figures = list(variants.items())[-1]
-    warning = exits_cost_more(variants, config.exits.max_accuracy_drop)
-    warned = f"\n**{warning}**\n" if warning else ""
+    warnings = [exits_cost_more(variants, config.exits.max_accuracy_drop), unlike_images(report)]
+    warned = "".join(f"\n**{warning}**\n" for warning in warnings if warning)
     return f"""# {manifest.name}, version {manifest.version}
 
 {_stages(len(stages))}, {_classes(labels)}.
@@ -224,6 +226,22 @@ def exits_cost_more(variants: Mapping[str, Any], allowed: float) -> str:
         f"On the test images exits cost more than the {100 * allowed:.2g} points allowed on the fitting images "
         f"({', '.join(more)}): the two are not alike. Fit on images like those that will be served, on more of them, or allow "
         "less (--max-drop)."
+    )
+
+
+def unlike_images(report: Mapping[str, Any]) -> str:
+    """A sentence where the images to fit on and the test images differ by more than chance can make them; else nothing."""
+    fitted, tested = report["fitted_on"], report["tested_on"]["images"]
+    name, before = next(iter(fitted["top1"].items()))
+    after = report["variants"][name]["top1_by_exit"][-1]
+    together = (before * fitted["images"] + after * tested) / (fitted["images"] + tested)
+    deviation = math.sqrt(together * (1 - together) * (1 / fitted["images"] + 1 / tested))
+    if abs(before - after) <= max(DEVIATIONS * deviation, NOTABLE):
+        return ""
+    return (
+        f"The network is right on {percent(before)} of the images to fit on and on {percent(after)} of the test images: "
+        "the two are not alike, and what was fitted or proved on the one need not hold on the other. Fit on images like those "
+        "that will be served."
     )
 
 

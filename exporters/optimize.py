@@ -1,21 +1,28 @@
 """From a network and a budget to a served ladder: graphs with fewer tokens, timed on this machine, and the routes worth having.
 
-Each share of the work is a candidate: the network with its tokens reduced to it, in INT8, exported beside the others. What is
-there already is not made again, so an interrupted search goes on. All candidates are timed in turns. Of the routes over them
-(`exporters.ladder`) the fastest that loses at most what may be lost becomes `balanced`, and the fastest within a larger loss
-`fast`; the network as it came is `full`. The version that is published has the graphs that these need for stages.
+Candidates (`exporters.candidates`) are tried family by family, in each from the dearest to the cheapest, until one loses far
+more than may be lost. What is there already is not made again, so an interrupted search goes on. All candidates are timed in
+turns. Of the routes over them (`exporters.ladder`) that keep the budget the fastest that loses at most what may be lost becomes
+`balanced`, and the fastest within a larger loss `fast`; the network as it came is `full`. The version that is published has the
+graphs that these need for stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from app.repository.store import ModelStore
+import numpy as np
+
+from app.exits import ExitPolicy
+from app.runtime.backend import Backend
+from app.runtime.cpu import num_cpus
 from app.runtime.ort_backend import OrtBackend
-from app.types import FloatArray
+from app.types import Array, FloatArray
 from exporters import recipe
+from exporters.candidates import CANDIDATE, Trial, Workshop, default_patch_sizes
 from exporters.certificate import LIMITS
 from exporters.config import Chosen, ExportConfig, Tried
 from exporters.evaluation import logits_per_exit
@@ -28,26 +35,59 @@ from exporters.published import one_thread
 from exporters.reduction_schedule import ScheduleError
 from exporters.reporting import Images
 from exporters.risk_control import Risk
-from exporters.sources.base import SourceError
+from exporters.serving import parallel_speedup
+from exporters.sources.base import Network, SourceError
 from exporters.sources.cascade import CascadeSource, Part
-from exporters.timing import milliseconds_per_image
-from models.manifest import BALANCED, Certificate, ExitSpec, OperatingPoint
+from exporters.timing import cost_per_image, in_batches
+from models.manifest import BALANCED, PIXELS, Certificate, ExitSpec, OperatingPoint
 
-CANDIDATE = "candidate"
 COMPARED_WITH = "the network as it came, in fp32"
 METHOD = (
     "routes over graphs chosen on one half of the images; on the other half their row tested from the most faithful on, by an "
     "exact test, until one fails (Pareto testing in Learn then Test)"
 )
-HOPELESS = 2.0  # a candidate that loses so many times what may be lost at most ends the search: fewer tokens lose more
+HOPELESS = 4.0  # a candidate that loses so many times what may be lost at most ends its family: fewer tokens lose more
+ONE_EXIT = (ExitSpec(score="max_softmax", temperature=1.0, threshold=None),)
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is tried: shares of the multiply-adds that are left, most first, by a method of token reduction."""
+    """What is tried.
+
+    shares: of the multiply-adds that are left, most first, by a method of token reduction. patch_sizes: in pixels, smallest
+    first; None: such as suit the network.
+    """
 
     method: str = "tome"
-    shares: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    shares: tuple[float, ...] = (0.85, 0.75, 0.65)
+    patch_sizes: tuple[int, ...] | None = None
+
+    def families(self, network: Network, *, resizable: bool) -> list[list[Trial]]:
+        """Each from the dearest to the cheapest: merging, larger patches, and both."""
+        sizes = self.patch_sizes
+        if sizes is None:
+            config = network.model.config
+            sizes = default_patch_sizes(config.image_size, config.patch_size) if resizable else ()
+        merged = [f"{self.method}:{100 * share:g}%" for share in self.shares]
+        both = [Trial(size, merged[0]) for size in sizes[:2] if merged]
+        return [[Trial(reduction=each) for each in merged], [Trial(size) for size in sizes], both]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What `balanced` and `fast` must keep besides the loss; None: nothing.
+
+    max_latency_ms: of an image alone, on one thread, through every graph that it may pass. target_throughput: images a second
+    on all CPUs; then `balanced` is not the fastest but the most faithful that reaches it.
+    """
+
+    max_latency_ms: float | None = None
+    target_throughput: float | None = None
+
+    def __str__(self) -> str:
+        said = [f"at most {self.max_latency_ms:g} ms for an image"] if self.max_latency_ms is not None else []
+        said += [f"at least {self.target_throughput:g} images a second"] if self.target_throughput is not None else []
+        return " and ".join(said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +95,28 @@ class _Graph:
     """One graph, and its logits (N, C) for both images of the images."""
 
     part: Part
-    as_it_came: bool  # all tokens, fp32
+    trial: Trial
+    full: bool  # the network as it came, in fp32
     backend: OrtBackend
     fitting: FloatArray
     apart: FloatArray | None
 
+    def __str__(self) -> str:
+        return f"{self.trial} ({self.part.variant})"
 
-def optimize(config: ExportConfig, search: Search, work: Path, progress: Progress = SILENT) -> Path:
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A graph, and milliseconds of an image: in batches on one thread, and alone, where that was asked for."""
+
+    graph: _Graph
+    ms: float
+    alone_ms: float
+
+
+def optimize(
+    config: ExportConfig, search: Search, work: Path, progress: Progress = SILENT, *, budget: Budget | None = None
+) -> Path:
     """Search, and publish the ladder; the directory of the new version.
 
     Args:
@@ -69,120 +124,132 @@ def optimize(config: ExportConfig, search: Search, work: Path, progress: Progres
         search: what is tried.
         work: where candidates are kept; the same folder again goes on with an interrupted search.
         progress: told what is tried and what comes of it.
+        budget: what must be kept besides.
 
     Raises:
         SourceError: the folder holds candidates of another search, or nothing faster keeps what is to be kept.
         AlreadyPublished, ScheduleError, ImageSetError, WeightsError, ValidationError: as `exporters.recipe.run`.
     """
     recipe.check(config)
-    images = _read(config, progress)
-    wishes = [None, *(f"{search.method}:{100 * share:g}%" for share in search.shares)]
-    graphs: list[_Graph] = []
-    for number, wish in enumerate(wishes, start=1):
-        try:
-            directory = _candidate(config, wish, number, work, progress)
-        except ScheduleError as error:
-            if number <= 2:  # not even the first
-                raise
-            progress.step(f"the search ends here: {error}")
-            break
-        graphs += _graphs_of(work, number, directory, images, progress)
-        full = next(graph for graph in graphs if graph.as_it_came)
-        lost = _loss(config, images, full, graphs[-1])
-        progress.step(f"{wish or 'all tokens'}: loses {100 * lost:.2f} points on {len(images.fitting)} images")
-        if number > 1 and lost > HOPELESS * max(config.exits.max_accuracy_drop, config.fast_drop):
-            progress.step("fewer tokens would lose more: the search ends here")
-            break
-    return _publish(config, graphs, images, work, progress)
-
-
-def _read(config: ExportConfig, progress: Progress) -> Images:
-    """As the candidates' own exports divide the images."""
-    network = config.source.load()
+    network = recipe.vit_of(config.source.load())
     if network.num_stages > 1:
         raise SourceError("a ladder is made of whole graphs: no --boundaries, and no network with exits of its own")
-    return recipe.read_sets(replace(config, candidate=True), network, progress)
+    progress.step("reading images")
+    images = recipe.read_sets(config, network, progress, of_a_search=True)
+    workshop = Workshop(config, work, images.fitting, progress)
+    graphs = _tried(config, search.families(network, resizable=workshop.resizable), workshop, images)
+    return _publish(config, graphs, images, work, budget or Budget(), progress)
 
 
-def _candidate(config: ExportConfig, wish: str | None, number: int, work: Path, progress: Progress) -> Path:
-    """Exported now, or found as an earlier search left it."""
-    wanted = replace(
-        config,
-        name=CANDIDATE,
-        version=number,
-        repository=work,
-        reduction=wish,
-        candidate=True,
-        quantization=replace(config.quantization, min_agreement=0.0, max_accuracy_drop=1.0),  # the search sees what it costs
-        command=f"{config.command} ({wish or 'all tokens'})",
-    )
-    directory = work / CANDIDATE / str(number)
-    if not directory.exists():
-        progress.step(f"candidate {number}: {wish or 'all tokens'}")
-        return recipe.run(wanted, progress)
-    told = ModelStore(work).open(CANDIDATE, number).manifest.provenance
-    if (told["command"], told["weights_sha256"]) != (wanted.command, config.source.load().weights_sha256):
-        raise SourceError(f"{work} holds candidates of another search; name another folder")
-    return directory
+def _tried(config: ExportConfig, families: Sequence[Sequence[Trial]], workshop: Workshop, images: Images) -> list[_Graph]:
+    """The graphs of the network as it came, then those of every candidate that is worth them."""
+    progress = workshop.progress
+    stored = workshop.make(Trial(), 1, lambda _: True)
+    assert stored is not None  # noqa: S101 - it is worth it
+    graphs = _graphs_of(workshop, Trial(), 1, images)
+    reference = graphs[0].fitting.argmax(axis=1)
+    labels = reference if config.unlabelled else images.fitting.labels
+    most = HOPELESS * max(config.exits.max_accuracy_drop, config.fast_drop)
+
+    def lost(logits: FloatArray) -> float:
+        return float((reference == labels).mean() - (logits.argmax(axis=1) == labels).mean())
+
+    number = 1
+    for family in families:
+        for place, trial in enumerate(family):
+            try:
+                made = workshop.make(trial, number + 1 + place, lambda logits: lost(logits) <= most)
+            except ScheduleError as error:
+                progress.step(f"this family ends here: {error}")
+                break
+            if made is None:
+                progress.step(f"{trial} loses more than {100 * most:.3g} points in fp32: fewer tokens would lose more")
+                break
+            found = _graphs_of(workshop, trial, number + 1 + place, images)
+            losses = ", ".join(f"{graph.part.variant} {100 * lost(graph.fitting):.2f}" for graph in found)
+            progress.step(f"{trial}: points lost on {len(images.fitting)} images: {losses}")
+            graphs += found
+        number += len(family)
+    return graphs
 
 
-def _graphs_of(work: Path, number: int, directory: Path, images: Images, progress: Progress) -> list[_Graph]:
-    """INT8 where there is one; of the network as it came, the first candidate, fp32 before it."""
-    manifest = ModelStore(work).open(CANDIDATE, number).manifest
-    first, last = manifest.variants[0].name, manifest.variants[-1].name
-    found = []
-    for name in dict.fromkeys([first, last] if number == 1 else [last]):
-        backend = OrtBackend(directory, manifest, name, one_thread())
-        logits = [
-            None if each is None else logits_per_exit(backend, 1, each.pixels, progress)[0]
+def _graphs_of(workshop: Workshop, trial: Trial, number: int, images: Images) -> list[_Graph]:
+    """Every variant of a candidate; of the network as it came fp32 first."""
+    stored, found = workshop.open(number), list[_Graph]()
+    for variant in stored.manifest.variants:
+        backend = OrtBackend(stored.directory, stored.manifest, variant.name, one_thread())
+        fitting, apart = (
+            None if each is None else logits_per_exit(backend, 1, each.pixels, workshop.progress)[0]
             for each in (images.fitting, images.apart)
-        ]
-        assert logits[0] is not None  # noqa: S101 - there always are images to fit on
-        found.append(_Graph(Part(CANDIDATE, number, name), number == 1 and name == first, backend, logits[0], logits[1]))
+        )
+        assert fitting is not None  # noqa: S101 - there always are images to fit on
+        full = trial.as_it_came and not found
+        found.append(_Graph(Part(CANDIDATE, number, variant.name), trial, full, backend, fitting, apart))
     return found
 
 
-def _loss(config: ExportConfig, images: Images, full: _Graph, graph: _Graph) -> float:
-    """Against the network as it came, on the images that are fitted on, a share."""
-    reference = full.fitting.argmax(axis=1)
-    labels = reference if config.unlabelled else images.fitting.labels
-    return float((reference == labels).mean() - (graph.fitting.argmax(axis=1) == labels).mean())
-
-
-def _publish(config: ExportConfig, graphs: Sequence[_Graph], images: Images, work: Path, progress: Progress) -> Path:
-    progress.step("timing all candidates in turns")
-    one_exit = (ExitSpec(score="max_softmax", temperature=1.0, threshold=None),)
-    backends = {str(index): graph.backend for index, graph in enumerate(graphs)}
-    times = milliseconds_per_image(backends, dict.fromkeys(backends, one_exit), images.fitting.pixels)
-    # Cheapest first; the network as it came last, whatever it takes: it is what `full` means.
-    timed = sorted(
-        ((times[str(index)]["without_exits"], graph) for index, graph in enumerate(graphs)),
-        key=lambda each: (each[1].as_it_came, each[0]),
-    )
-    ms, graphs = [each[0] for each in timed], [each[1] for each in timed]
+def _publish(
+    config: ExportConfig, graphs: Sequence[_Graph], images: Images, work: Path, budget: Budget, progress: Progress
+) -> Path:
+    timed = _times(graphs, images.fitting.pixels, budget, progress)
+    ms, graphs = [each.ms for each in timed], [each.graph for each in timed]
     temperatures = [1.0 if config.unlabelled else fit_temperature(each.fitting, images.fitting.labels) for each in graphs]
     fitting = _answers([graph.fitting for graph in graphs], images.fitting, config)
     apart = None
     if images.apart is not None:
         apart = _answers([graph.apart for graph in graphs if graph.apart is not None], images.apart, config)
     risk: Risk = "disagreement" if config.unlabelled else "accuracy"
-    score = config.exits.score
-    row = pareto_row(fitting, ms, temperatures, risk, score)
+    score, last = config.exits.score, len(graphs) - 1
     delta = 1.0 if config.bound is None else config.bound.delta
+    everything = pareto_row(fitting, ms, temperatures, risk, score)
+    row = pareto_row(fitting, ms, temperatures, risk, score, allowed=_keeps(budget, timed, images.fitting.pixels))
     found: dict[str, Found] = {}
     for point, epsilon in _drops(config).items():
-        chosen = choose(row, apart, temperatures, epsilon=epsilon, delta=delta, risk=risk, score=score)
+        # With a throughput to reach, `balanced` is the most faithful that does.
+        tried = row[:1] if budget.target_throughput is not None and point == BALANCED else row
+        chosen = choose(tried, apart, temperatures, epsilon=epsilon, delta=delta, risk=risk, score=score)
         if chosen is not None:
             found[point] = chosen
             progress.step(f"{point}: {_as_text(chosen, graphs)}, {ms[-1] / chosen.route.ms:.2f} times the network as it came")
-    last = len(graphs) - 1
     if BALANCED not in found or found[BALANCED].route.first == last:
-        raise SourceError(_nothing(config, row, last))
+        raise SourceError(_nothing(config, budget, everything, row, last))
     used = sorted({last, *(number for each in found.values() for number in _numbers(each.route))})
-    tried = tuple(Tried(_ways(route, graphs), route.ms, route.counts.loss) for route in row)
-    exits = replace(_chosen(config, found, used, temperatures, images, risk), tried=tried)
+    measured = tuple(Tried(_ways(route, graphs), route.ms, route.loss) for route in everything)
+    exits = replace(_chosen(config, found, used, temperatures, images, risk), tried=measured)
     source = CascadeSource(work, tuple(graphs[index].part for index in used))
-    return recipe.run(replace(config, source=source, int8=False, chosen=exits, receipt=True), progress)
+    return recipe.run(replace(config, source=source, int8=False, chosen=exits, receipt=True), progress, images=images)
+
+
+def _times(graphs: Sequence[_Graph], pixels: Array, budget: Budget, progress: Progress) -> list[_Timed]:
+    """All in turns; the cheapest first, the network as it came last, whatever it takes: it is what `full` means."""
+    progress.step("timing all candidates in turns")
+    policy = ExitPolicy(ONE_EXIT)
+    costs = cost_per_image({number: in_batches(each.backend, 1, policy) for number, each in enumerate(graphs)}, pixels)
+    alone = dict.fromkeys(costs, 0.0)
+    if budget.max_latency_ms is not None:
+        ways = {number: partial(_one_by_one, each.backend) for number, each in enumerate(graphs)}
+        alone = {number: cost.ms for number, cost in cost_per_image(ways, pixels).items()}
+    timed = [_Timed(graph, costs[number].ms, alone[number]) for number, graph in enumerate(graphs)]
+    return sorted(timed, key=lambda each: (each.graph.full, each.ms))
+
+
+def _one_by_one(backend: Backend, pixels: Array) -> None:
+    for start in range(len(pixels)):
+        backend.run(0, {PIXELS: pixels[start : start + 1]})
+
+
+def _keeps(budget: Budget, timed: Sequence[_Timed], pixels: Array) -> Callable[[Route], bool]:
+    """Whether a route is within the budget."""
+    least_ms = np.inf
+    if budget.target_throughput is not None:
+        speedup = parallel_speedup(in_batches(timed[0].graph.backend, 1, ExitPolicy(ONE_EXIT)), pixels, num_cpus())
+        least_ms = 1000 * speedup / budget.target_throughput
+
+    def keeps(route: Route) -> bool:
+        alone = sum(timed[number].alone_ms for number in _numbers(route))
+        return route.ms <= least_ms and (budget.max_latency_ms is None or alone <= budget.max_latency_ms)
+
+    return keeps
 
 
 def _answers(logits: Sequence[FloatArray], images: ImageSet, config: ExportConfig) -> Answers:
@@ -201,17 +268,15 @@ def _numbers(route: Route) -> tuple[int, ...]:
 
 
 def _ways(route: Route, graphs: Sequence[_Graph]) -> str:
-    return " then ".join(
-        f"candidate {graphs[number].part.version} ({graphs[number].part.variant})" for number in _numbers(route)
-    )
+    return " then ".join(str(graphs[number]) for number in _numbers(route))
 
 
 def _as_text(found: Found, graphs: Sequence[_Graph]) -> str:
-    names = _ways(found.route, graphs)
     counts = found.counts
     proved = "proved" if found.proved else "measured"
     return (
-        f"{names}, {found.route.ms:.2f} ms an image, {100 * counts.loss:.2f} points lost on {counts.images} images ({proved})"
+        f"{_ways(found.route, graphs)}, {found.route.ms:.2f} ms an image, {100 * counts.loss:.2f} points lost on "
+        f"{counts.images} images ({proved}), {100 * found.route.loss:.2f} expected on others"
     )
 
 
@@ -255,14 +320,23 @@ def _certificate(config: ExportConfig, found: Found, epsilon: float, images: Ima
     )
 
 
-def _nothing(config: ExportConfig, row: Sequence[Route], last: int) -> str:
-    allowed = config.exits.max_accuracy_drop
-    faster = [route for route in row if route.first != last]
-    nearest = min(faster, key=lambda route: route.counts.loss, default=None)
-    what = f"nothing faster than the network as it came keeps a loss of at most {100 * allowed:.3g} points"
+def _nothing(config: ExportConfig, budget: Budget, everything: Sequence[Route], row: Sequence[Route], last: int) -> str:
+    """Why no version is published, and what would be nearest."""
+    faster, allowed = [route for route in everything if route.first != last], 100 * config.exits.max_accuracy_drop
+    if str(budget) and not row:
+        fastest = min(everything, key=lambda route: route.ms)
+        return f"nothing keeps {budget}: the fastest takes {_in_words(fastest)}: ask for less, or try fewer tokens (--shares)"
+    if budget.target_throughput is not None and row[0].first == last:
+        return f"the network as it came keeps {budget} already: there is nothing to do"
+    what = f"nothing faster than the network as it came keeps a loss of at most {allowed:.3g} points"
+    kept = [route for route in row if route.first != last] if str(budget) else faster
+    nearest = min(kept, key=lambda route: route.loss, default=None)
+    if str(budget):
+        what += f" and {budget}"
     if nearest is None:
         return f"{what}: no candidate is faster at all"
-    return (
-        f"{what}; nearest is {nearest.ms:.2f} ms an image at {100 * nearest.counts.loss:.2f} points on "
-        f"{nearest.counts.images} images: allow more (--max-drop), or bring more images"
-    )
+    return f"{what}; nearest is {_in_words(nearest)}: allow more (--max-drop), or bring more images"
+
+
+def _in_words(route: Route) -> str:
+    return f"{route.ms:.2f} ms an image at {100 * route.loss:.2f} points, as estimated from {route.counts.images} images"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exporters.config import BoundConfig, QuantizationConfig
+from exporters.config import BoundConfig, ExitConfig, QuantizationConfig
 from exporters.images import ImageSetError
 from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
 from exporters.sources.folder import find, from_folder
@@ -17,8 +18,19 @@ from exporters.sources.timm_vit import TimmSource
 from exporters.sources.zoo import ZooSource
 from models.zoo import ZOO
 
+
+class ScoreName(StrEnum):
+    """As `models.manifest.ExitSpec` has them."""
+
+    MAX_SOFTMAX = "max_softmax"
+    MARGIN = "margin"
+    ENTROPY = "entropy"
+    PATIENCE = "patience"
+
+
 INT8 = QuantizationConfig()  # what it is asked for by default
 USUAL_FAST_DROP, USUAL_CONFIDENCE = 2.0, 95.0
+USUAL_SCORE = ScoreName(ExitConfig().score)
 
 Agreement = Annotated[
     float,
@@ -28,6 +40,12 @@ Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay i
 MaxDrop = Annotated[float, typer.Option(min=0, max=99, help="Points of accuracy that exits may cost.")]
 FastDrop = Annotated[
     float, typer.Option(min=0, max=99, help="Points that the operating point `fast` may cost; no more than --max-drop: none.")
+]
+Score = Annotated[
+    ScoreName,
+    typer.Option(
+        help="How sure an exit is: by its probabilities, or, with patience, first by how many exits in a row agree.",
+    ),
 ]
 Confidence = Annotated[
     float,

@@ -96,9 +96,13 @@ def from_report(directory: Path) -> Remeasured:
 
 
 def one_thread() -> TargetProfile:
-    """This CPU, whatever the service would choose."""
-    profile = resolve_profile("cpu", instances=1, intra_op_threads=1)
-    return TargetProfile(profile.target, profile.providers, 1, 1)
+    """One instance of one thread on this CPU, whatever the service would choose."""
+    return on_this_cpu(threads=1)
+
+
+def on_this_cpu(threads: int) -> TargetProfile:
+    """One instance of so many threads."""
+    return resolve_profile("cpu", instances=1, intra_op_threads=threads)
 
 
 def print_tables(console: Console, found: Remeasured) -> None:

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
@@ -25,6 +24,7 @@ from exporters.fitting import fit_variants
 from exporters.golden import golden_images, write_golden
 from exporters.graphs_export import export_of
 from exporters.images import ImageSet, ImageSetError, read_images, read_unlabelled
+from exporters.mirror import Mirrored
 from exporters.model_card import model_card
 from exporters.other_targets import as_fp16, as_qdq
 from exporters.progress import SILENT, Progress
@@ -33,10 +33,11 @@ from exporters.publishing import AlreadyPublished, build_directory, checksums, p
 from exporters.receipt.examples import find_examples
 from exporters.receipt.measuring import Subject, measure
 from exporters.receipt.page import PAGE_FILE, as_page
-from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
+from exporters.reduction_schedule import apply_schedule, wish_of
 from exporters.reporting import FULL, FittedVariant, Images, provenance, report
-from exporters.schedule_search import find_schedule
+from exporters.schedule_search import schedule_of
 from exporters.sources.base import Loaded, Network, Published, SourceError
+from exporters.stage_files import write_stages
 from exporters.validation import ValidationError, validate
 from exporters.vit_export import ViTExport
 from models.manifest import (
@@ -50,8 +51,8 @@ from models.manifest import (
 )
 
 FP32, INT8, QDQ, FP16 = "fp32", "int8", "int8_qdq", "fp16"
+MIXED = "int8_mixed"  # of a search: the layers that INT8 hurts most stay in fp32
 UNSEEN_EVERY = 5
-CANDIDATE_TEST_IMAGES = 16
 LABELS_FILE, GOLDEN_FILE = "labels.txt", "golden.npz"
 # Largest difference of a logit when replayed elsewhere. fp32: another order of summation. INT8: a value on the edge
 # between two steps may fall to the other side; an instruction that saturates goes far beyond.
@@ -62,13 +63,19 @@ EVERYWHERE = tuple(HardwareTarget)
 TARGETS = {
     FP32: EVERYWHERE,
     INT8: (HardwareTarget.CPU_VNNI,),
+    MIXED: (HardwareTarget.CPU_VNNI,),
     QDQ: (HardwareTarget.OPENVINO,),
     FP16: (HardwareTarget.CUDA, HardwareTarget.TENSORRT, HardwareTarget.COREML),
 }
 
 
-def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
+def run(config: ExportConfig, progress: Progress = SILENT, *, images: Images | None = None) -> Path:
     """Export, quantize, validate, fit, evaluate and publish; the directory of the new version.
+
+    Args:
+        config: what is made.
+        progress: told of every step.
+        images: where they were read before.
 
     Raises:
         AlreadyPublished, SourceError, ScheduleError, ImageSetError, WeightsError, ValidationError: nothing is published then.
@@ -78,8 +85,9 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         progress.step("loading weights")
         network = config.source.load()
         spec = network.preprocess
-        progress.step("reading images")
-        images = read_sets(config, network, progress)
+        if images is None:
+            progress.step("reading images")
+            images = read_sets(config, network, progress)
         full, schedule = None, network.token_reduction if isinstance(network, Published) else "none"
         if isinstance(network, Published) and images.test.sha256 == network.fitting_images_sha256:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
@@ -93,7 +101,7 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         (build / GOLDEN_FILE).touch()  # the draft names it; its content needs the backends first
         stages = exported.stages()
         base, targets = variants[0], network.targets if isinstance(network, Published) else None
-        draft = _manifest(config, stages, spec, build, variants, {}, targets)
+        draft = manifest_of(config, stages, spec, build, variants, {}, targets)
         profile = one_thread()
         backends = {name: OrtBackend(build, draft, name, profile) for name in variants}
         progress.step("validating")
@@ -109,12 +117,12 @@ def run(config: ExportConfig, progress: Progress = SILENT) -> Path:
         shutil.rmtree(build / FULL, ignore_errors=True)
         origin = provenance(config, network, images) | {"kept_fp32": kept_fp32, "token_reduction": schedule}
         if config.receipt:
-            told = _manifest(config, stages, spec, build, fitted, origin, targets)
+            told = manifest_of(config, stages, spec, build, fitted, origin, targets)
             found["receipt"] = _write_receipt(config, told, network.labels, fitted, images.test, build, progress)
         (build / "report.json").write_text(json.dumps(found, indent=2) + "\n")
         (build / "MODEL_CARD.md").write_text(model_card(config, draft, network.labels, found, origin))
         progress.step("publishing")
-        return publish(build, _manifest(config, stages, spec, build, fitted, origin, targets), config.repository)
+        return publish(build, manifest_of(config, stages, spec, build, fitted, origin, targets), config.repository)
 
 
 def _write_receipt(
@@ -171,16 +179,10 @@ def _reduce(
     config: ExportConfig, reduction: str, network: Network, fitting: ImageSet, build: Path, progress: Progress
 ) -> tuple[OrtBackend, str]:
     """Reduces tokens in the network; what it was before, in fp32, and the schedule in words."""
-    model, wish = network.model, wish_of(reduction)
-    if wish is None:
-        schedule, text = ReductionSchedule.parse(reduction, model.config.depth, model.config.num_patches), reduction
-    else:
-        schedule = find_schedule(model, fitting.pixels, network.preprocess, wish, config.search, progress)
-        text = str(schedule)
-        progress.step(f"token reduction {text}")
+    schedule = schedule_of(network.model, reduction, fitting.pixels, network.preprocess, config.search, progress)
     full = _unreduced(config, network, build)
-    apply_schedule(model, schedule)
-    return full, text
+    apply_schedule(network.model, schedule)
+    return full, reduction if wish_of(reduction) is None else str(schedule)
 
 
 def _unseen_by_heads(network: Loaded, count: int) -> Array:
@@ -196,7 +198,12 @@ def _unseen_by_heads(network: Loaded, count: int) -> Array:
 
 
 def _exportable(config: ExportConfig, network: Loaded, seen: Array, progress: Progress) -> Exportable:
-    """The network, with heads where it came without, fitted on the images that may be seen."""
+    """The network, with heads where it came without, fitted on the images that may be seen; mirrored where that is wanted."""
+    exported = _as_it_is(config, network, seen, progress)
+    return Mirrored(exported, network.preprocess) if config.mirror else exported
+
+
+def _as_it_is(config: ExportConfig, network: Loaded, seen: Array, progress: Progress) -> Exportable:
     if not isinstance(network, Network):
         return export_of(network)
     if not network.has_exits:
@@ -223,8 +230,14 @@ def _write_variants(
     return [*graphs], kept_fp32
 
 
-def read_sets(config: ExportConfig, network: Loaded, progress: Progress) -> Images:
+def read_sets(config: ExportConfig, network: Loaded, progress: Progress, *, of_a_search: bool = False) -> Images:
     """Read, and half of those to fit on set apart where something is to be certified and there are enough.
+
+    Args:
+        config: where they are.
+        network: for its pixels and classes.
+        progress: told how far it is.
+        of_a_search: something is to be certified though the network has no exit but its end.
 
     Raises:
         ImageSetError: a set cannot be used.
@@ -240,9 +253,7 @@ def read_sets(config: ExportConfig, network: Loaded, progress: Progress) -> Imag
         name: read_images(path, labels, spec, folders=config.other_folders, progress=progress)
         for name, path in config.other_images.items()
     }
-    if config.candidate:
-        test = _part(test, np.arange(len(test)) < CANDIDATE_TEST_IMAGES)
-    if config.bound is None or (network.num_stages == 1 and not config.candidate):
+    if config.bound is None or (network.num_stages == 1 and not of_a_search):
         return Images(fitting, None, test, others)
     if isinstance(network, Published) and fitting.sha256 in network.fitted_on:
         return Images(fitting, None, test, others, ALREADY_SEEN)
@@ -269,22 +280,17 @@ def _answered(images: Images, backend: OrtBackend, num_stages: int) -> Images:
 
 def _unreduced(config: ExportConfig, network: Network, build: Path) -> OrtBackend:
     """The network as it came, in fp32, beside what is built."""
-    exported = ViTExport(network.model, network.preprocess)
+    exported: Exportable = ViTExport(network.model, network.preprocess)
+    if config.mirror:
+        exported = Mirrored(exported, network.preprocess)
     write_stages(build / FULL, exported.graphs())
     for file in (LABELS_FILE, GOLDEN_FILE):
         (build / file).touch()  # the manifest must name them
-    manifest = _manifest(config, exported.stages(), network.preprocess, build, [FULL], {})
+    manifest = manifest_of(config, exported.stages(), network.preprocess, build, [FULL], {})
     return OrtBackend(build, manifest, FULL, one_thread())
 
 
-def write_stages(directory: Path, stages: list[onnx.ModelProto]) -> None:
-    """One file per stage."""
-    directory.mkdir()
-    for index, stage in enumerate(stages):
-        onnx.save(stage, directory / f"stage_{index}.onnx")
-
-
-def _manifest(
+def manifest_of(
     config: ExportConfig,
     stages: tuple[StageSpec, ...],
     preprocess: PreprocessSpec,

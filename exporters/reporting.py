@@ -34,6 +34,7 @@ class FittedVariant:
     certificate: Certificate | None  # of the exits
     points: tuple[OperatingPoint, ...]  # besides them
     bounds: dict[str, str]  # of each operating point, the exits' first
+    fitting_top1: float  # of the last exit, on the images that were fitted on
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,11 @@ def report(
         without_reduction = {"top1": round(top1, 4), "ms_per_image": times.pop(FULL)["without_exits"]}
     return {
         "machine": f"{platform.machine()}, {platform.system()}, one thread",
-        "fitted_on": {"images": len(images.fitting), "sha256": images.fitting.sha256},
+        "fitted_on": {
+            "images": len(images.fitting),
+            "sha256": images.fitting.sha256,
+            "top1": {name: round(variant.fitting_top1, 4) for name, variant in fitted.items()},
+        },
         "certified_on": {"images": _certified_on(fitted, images)},
         "bounds": {name: variant.bounds for name, variant in fitted.items()},
         "points": {name: _points(variant, manifest, test, reference) for name, variant in fitted.items()},

@@ -17,7 +17,15 @@ from app.types import Array
 from exporters.calibration import spread
 from exporters.config import SearchConfig
 from exporters.progress import SILENT, Progress
-from exporters.reduction_schedule import ReductionSchedule, ScheduleError, Wish, apply_schedule, check_method, clear_schedule
+from exporters.reduction_schedule import (
+    ReductionSchedule,
+    ScheduleError,
+    Wish,
+    apply_schedule,
+    check_method,
+    clear_schedule,
+    wish_of,
+)
 from exporters.schedule_threshold import schedule_by_threshold
 from exporters.staging import stage_specs
 from exporters.validation import normalised
@@ -33,6 +41,22 @@ def find_schedule(
     """By whichever way the wish asks for; see `search_schedule` and `exporters.schedule_threshold`."""
     find = search_schedule if wish.kind == "share" else schedule_by_threshold
     return find(model, pixels, spec, wish.method, wish.amount, config, progress)
+
+
+def schedule_of(
+    model: MultiExitViT, text: str, pixels: Array, spec: PreprocessSpec, config: SearchConfig, progress: Progress = SILENT
+) -> ReductionSchedule:
+    """What the text says outright, or what it wishes for, found on these images; not applied.
+
+    Raises:
+        ScheduleError: it cannot be read, or the network cannot follow it.
+    """
+    wish = wish_of(text)
+    if wish is None:
+        return ReductionSchedule.parse(text, model.config.depth, model.config.num_patches)
+    schedule = find_schedule(model, pixels, spec, wish, config, progress)
+    progress.step(f"token reduction {schedule}")
+    return schedule
 
 
 def search_schedule(

@@ -10,17 +10,20 @@ from rich.console import Console
 
 from exporters.commands import app, publish, show, told
 from exporters.config import ExitConfig, ExportConfig
-from exporters.optimize import Search
+from exporters.optimize import Budget, Search
 from exporters.optimize import optimize as optimize_ladder
 from exporters.options import (
     INT8,
     USUAL_CONFIDENCE,
     USUAL_FAST_DROP,
+    USUAL_SCORE,
     Confidence,
     FastDrop,
     MaxDrop,
+    Score,
     bound_of,
     numbered,
+    numbers,
     repeated,
     source_of,
     where_other,
@@ -29,7 +32,7 @@ from exporters.progress import ConsoleProgress
 from exporters.sources.base import AS_IT_IS, SourceError
 from exporters.sources.cascade import CascadeSource, Part
 
-SHARES = "90,80,70,60,50"
+SHARES = ",".join(f"{100 * share:g}" for share in Search().shares)
 
 
 @app.command()
@@ -46,6 +49,7 @@ def cascade(
     max_drop: MaxDrop = 0.5,
     fast_drop: FastDrop = USUAL_FAST_DROP,
     confidence: Confidence = USUAL_CONFIDENCE,
+    score: Score = USUAL_SCORE,
 ) -> None:
     """Put two published models one behind the other: the dear one sees what the cheap one is not sure of."""
     console = Console()
@@ -62,7 +66,7 @@ def cascade(
             unlabelled=unlabelled,
             folders=numbered(folders),
             int8=False,
-            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
+            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
             bound=bound_of(max_drop, confidence),
             fast_drop=fast_drop / 100,
             data=stated.get("data", "not stated"),
@@ -76,6 +80,7 @@ def cascade(
                     "--dear": dear,
                     "--max-drop": f"{max_drop:g}",
                     **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
+                    "--score": None if score is USUAL_SCORE else score.value,
                     "--folders": folders,
                     "--calibration": calibration,
                     "--test": test,
@@ -105,7 +110,18 @@ def optimize(
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
     method: Annotated[str, typer.Option(help="How tokens are reduced.")] = "tome",
     shares: Annotated[str, typer.Option(help="Percent of the multiply-adds that are left, most first.")] = SHARES,
+    patch_sizes: Annotated[
+        str | None,
+        typer.Option(help="Pixels of larger patches, which are fewer tokens too, smallest first; none: 0; unset: three sizes."),
+    ] = None,
     int8: Annotated[bool, typer.Option(help="Candidates in INT8, where this CPU has it exactly.")] = True,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(min=0, help="Of an image alone, on one thread, through every graph that it may pass.")
+    ] = None,
+    target_throughput: Annotated[
+        float | None,
+        typer.Option(min=0, help="Images a second on all CPUs: `balanced` is the most faithful that reaches it."),
+    ] = None,
     max_drop: MaxDrop = 0.5,
     fast_drop: FastDrop = USUAL_FAST_DROP,
     confidence: Confidence = USUAL_CONFIDENCE,
@@ -114,7 +130,8 @@ def optimize(
     console = Console()
     with told(console):
         source, _ = source_of(model, weights, timm_config, labels, checkpoint, AS_IT_IS)
-        search = Search(method, _shares(shares))
+        search = Search(method, _shares(shares), _patch_sizes(patch_sizes))
+        budget = Budget(max_latency_ms, target_throughput)
         config = ExportConfig(
             name=model,
             source=source,
@@ -136,6 +153,9 @@ def optimize(
                     **where_other(100 * INT8.target_agreement, INT8.max_fp32_layers, fast_drop, confidence),
                     "--method": None if method == Search().method else method,
                     "--shares": None if shares == SHARES else shares,
+                    "--patch-sizes": patch_sizes,
+                    "--max-latency-ms": max_latency_ms,
+                    "--target-throughput": target_throughput,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),
                     "--weights": weights,
                     "--timm-config": timm_config,
@@ -149,7 +169,7 @@ def optimize(
             ),
         )
         with ConsoleProgress.on(console) as progress:
-            directory = optimize_ladder(config, search, work, progress)
+            directory = optimize_ladder(config, search, work, progress, budget=budget)
         show(console, config, directory)
 
 
@@ -161,3 +181,13 @@ def _shares(text: str) -> tuple[float, ...]:
     if list(found) != sorted(set(found), reverse=True) or not all(0 < share < 1 for share in found):
         raise SourceError(f"shares are percents between 0 and 100, most first, as {SHARES}; not {text!r}")
     return found
+
+
+def _patch_sizes(text: str | None) -> tuple[int, ...] | None:
+    try:
+        sizes = numbers(text)
+    except SourceError as error:
+        raise SourceError(f"patch sizes are pixels, smallest first, as 18,20,22; not {text!r}") from error
+    if text is None:
+        return None
+    return () if sizes == (0,) else sizes

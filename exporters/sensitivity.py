@@ -18,6 +18,7 @@ from models.manifest import LOGITS, PIXELS
 
 Ranges = Sequence[Mapping[str, ActivationRange]]  # by stage, then by layer
 Build = Callable[[Ranges], list[onnx.ModelProto]]  # the network with just these layers in INT8
+Layer = tuple[int, str]  # its stage and its name there
 STEM = "stem"  # its convolutions are INT8 together or not at all
 BATCH_SIZE = 32
 
@@ -54,9 +55,7 @@ def select_layers(
         All layers, if that agrees well enough; else without the most sensitive ones, up to `max_fp32_layers` of them.
     """
     pixels = pixels[spread(len(pixels), config.agreement_images)]
-    few = pixels[spread(len(pixels), config.sensitivity_images)]
-    nothing: Ranges = [{} for _ in ranges]
-    reference = last_logits(build(nothing), pixels)
+    reference = last_logits(build([{} for _ in ranges]), pixels)
 
     def agreement(chosen: Ranges) -> float:
         return float((last_logits(build(chosen), pixels).argmax(axis=1) == reference.argmax(axis=1)).mean())
@@ -65,15 +64,9 @@ def select_layers(
     reached = agreement(chosen)
     if reached >= config.target_agreement:
         return Selection(chosen, (), reached)
-    few_reference = last_logits(build(nothing), few)
-    errors = {}
-    for stage, layer in progress.track(groups(ranges), "one layer at a time in int8"):
-        alone = [_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)]
-        errors[stage, layer] = float(((last_logits(build(alone), few) - few_reference) ** 2).mean())
     kept: list[str] = []
-    for stage, layer in sorted(errors, key=errors.__getitem__, reverse=True)[: config.max_fp32_layers]:
-        for name in _only(chosen[stage], layer):
-            del chosen[stage][name]
+    for stage, layer in most_sensitive(build, ranges, pixels, config, progress)[: config.max_fp32_layers]:
+        chosen = without(chosen, [(stage, layer)])
         kept.append(f"{stage}.{layer}")
         reached = agreement(chosen)
         if reached >= config.target_agreement:
@@ -81,7 +74,28 @@ def select_layers(
     return Selection(chosen, tuple(kept), reached)
 
 
-def groups(ranges: Ranges) -> list[tuple[int, str]]:
+def most_sensitive(
+    build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig, progress: Progress = SILENT
+) -> list[Layer]:
+    """All layers, that first which changes the logits most when it alone is INT8; as `select_layers`."""
+    few = pixels[spread(len(pixels), config.sensitivity_images)]
+    reference = last_logits(build([{} for _ in ranges]), few)
+    errors = {}
+    for stage, layer in progress.track(groups(ranges), "one layer at a time in int8"):
+        alone = [_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)]
+        errors[stage, layer] = float(((last_logits(build(alone), few) - reference) ** 2).mean())
+    return sorted(errors, key=errors.__getitem__, reverse=True)
+
+
+def without(ranges: Ranges, layers: Sequence[Layer]) -> list[dict[str, ActivationRange]]:
+    """The ranges of all others: those stay in fp32."""
+    return [
+        {name: each for name, each in stage.items() if (number, group_of(name)) not in layers}
+        for number, stage in enumerate(ranges)
+    ]
+
+
+def groups(ranges: Ranges) -> list[Layer]:
     """(stage, layer) of all that can be left in fp32; what can only be INT8 together is one."""
     return [(stage, name) for stage, layers in enumerate(ranges) for name in dict.fromkeys(map(group_of, layers))]
 

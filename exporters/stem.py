@@ -32,12 +32,15 @@ def patch_projection(graph: GraphWriter, module: PatchEmbed, config: ViTConfig, 
     side, across = weight.shape[-1], config.image_size // weight.shape[-1]
     if PATCH_EMBED not in graph.ranges:
         x = _normalised(graph, preprocess)
-        if preprocess.layout == "uint8_nhwc" and across * side == config.image_size:
+        if preprocess.layout == "uint8_nhwc":
             graph.expose(PATCH_EMBED, x)
         names = graph.weight("patch.weight", weight), graph.weight("patch.bias", bias)
         x = graph.node("Conv", x, *names, kernel_shape=[side, side], strides=[side, side])
         return _tokens_of(graph, x, config.width)
-    x = graph.node("Reshape", PIXELS, graph.constant([0, across, side, across, side * 3]))
+    x = PIXELS
+    if across * side < config.image_size:  # what patches do not reach, as a convolution leaves it
+        x = graph.slice(graph.slice(x, 0, across * side, axis=1), 0, across * side, axis=2)
+    x = graph.node("Reshape", x, graph.constant([0, across, side, across, side * 3]))
     x = graph.node("Reshape", graph.node("Transpose", x, perm=[0, 1, 3, 2, 4]), graph.constant([0, across**2, side**2 * 3]))
     matrix, offset, middle = folded_patches(module, preprocess)
     integers, scale = symmetric_int8(matrix, axis=0)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from app.exits import ExitPolicy
+from app.exits import ExitPolicy, History, no_history, with_answers
 from app.runtime.backend import Backend
 from app.types import Array
 from models.manifest import PIXELS, ExitSpec
@@ -118,29 +118,42 @@ def milliseconds_per_image(
 
 
 def in_batches(
-    backend: Backend, num_stages: int, policy: ExitPolicy | None, entries: Sequence[int] = (0,)
+    backend: Backend,
+    num_stages: int,
+    policy: ExitPolicy | None,
+    entries: Sequence[int] = (0,),
+    *,
+    batch_size: int = TIMED_BATCH,
 ) -> Callable[[Array], None]:
-    """Takes pixels through the stages, in batches of `TIMED_BATCH` that are made anew of the survivors behind each.
+    """Takes pixels through the stages, in batches that are made anew of the survivors behind each.
 
     Args:
         backend: of a variant of so many stages.
         policy: who leaves, and which stages are passed over; None: the last network, to its end.
         entries: stages that begin a network.
+        batch_size: of the largest batch.
     """
     stages = range(entries[-1], num_stages) if policy is None else policy.way(entries)
 
     def run(pixels: Array) -> None:
         inputs: dict[str, Array] = {PIXELS: pixels}
+        history = no_history(len(pixels))
         for stage in stages:
-            count = len(next(iter(inputs.values())))
             survivors: dict[str, list[Array]] = {}
-            for start in range(0, count, TIMED_BATCH):
-                output = backend.run(stage, {name: value[start : start + TIMED_BATCH] for name, value in inputs.items()})
-                stays = slice(None) if policy is None else ~policy.decide(stage, output.logits)[0]
+            going_on: list[History] = []
+            for start in range(0, len(history), batch_size):
+                output = backend.run(stage, {name: value[start : start + batch_size] for name, value in inputs.items()})
+                if policy is None:
+                    seen, stays = history[start : start + batch_size], np.ones(len(output.logits), dtype=bool)
+                else:
+                    seen = with_answers(history[start : start + batch_size], output.logits)
+                    stays = ~policy.decide(stage, output.logits, 0, seen)[0]
+                going_on.append(seen[stays])
                 for name, value in output.state.items():
                     survivors.setdefault(name, []).append(value[stays])
             inputs = {name: np.concatenate(parts) for name, parts in survivors.items()}
-            if not inputs or not len(next(iter(inputs.values()))):
+            history = np.concatenate(going_on)
+            if not inputs or not len(history):
                 return
 
     return run

@@ -12,6 +12,9 @@ from app.types import Array, FloatArray
 from exporters.config import QuantizationConfig
 from models.manifest import LOGITS, PIXELS, PreprocessSpec, StageSpec
 
+CLEARLY = 2.0  # standard deviations above chance
+FEWEST_IMAGES = 100  # of which that can be said
+
 
 class ValidationError(Exception):
     """The exported model is not the one that was given."""
@@ -23,6 +26,10 @@ class ShapeMismatch(ValidationError):
 
 class ValueMismatch(ValidationError):
     """An output differs from the network's own by more than the tolerance."""
+
+
+class UnknownImages(ValidationError):
+    """The images to fit on are not such as the network knows, or their classes are others."""
 
 
 class AccuracyLoss(ValidationError):
@@ -92,6 +99,27 @@ def validate_quantized(
             f"{100 * config.min_agreement:.1f} % is asked for) and loses {100 * drop:.2f} points of accuracy (at most "
             f"{100 * config.max_accuracy_drop:.2f}): publish without it (--no-int8, --no-fp16), or find the layer that hurts"
         )
+
+
+def validate_images(logits: FloatArray, labels: Array) -> float:
+    """The share of the images that are classified rightly; they must be such as the network knows.
+
+    Args:
+        logits: (N, C) of the last exit in fp32; labels: int64 (N,).
+
+    Raises:
+        UnknownImages: it is not clearly better than chance.
+    """
+    count, classes = logits.shape
+    right = float((logits.argmax(axis=1) == labels).mean())
+    chance = 1 / classes
+    clearly = chance + CLEARLY * float(np.sqrt(chance * (1 - chance) / count))
+    if count >= FEWEST_IMAGES and right <= clearly:
+        raise UnknownImages(
+            f"the network is right on {100 * right:.1f} % of {count} images to fit on, no better than chance: are they of its "
+            "classes, and are classes and folders in the same order (--labels, --folders)?"
+        )
+    return right
 
 
 def normalised(pixels: Array, preprocess: PreprocessSpec) -> torch.Tensor:

@@ -13,7 +13,7 @@ from exporters.config import CalibrationConfig, QuantizationConfig
 from exporters.equalization import equalize
 from exporters.exportable import Quantized
 from exporters.progress import Progress
-from exporters.sensitivity import Ranges, select_layers
+from exporters.sensitivity import Build, Ranges, select_layers
 from exporters.staging import stage_specs, stages_of, token_counts
 from exporters.validation import normalised
 from exporters.vit_graph import stage_graph
@@ -40,16 +40,21 @@ class ViTExport:
         self, pixels: Array, calibration: CalibrationConfig, quantization: QuantizationConfig, progress: Progress
     ) -> Quantized:
         """In INT8: calibrated, evened out, and without the layers that hurt."""
+        build, ranges = self.calibrated(pixels, calibration, progress)
+        selection = select_layers(build, ranges, pixels, quantization, progress)
+        percent, kept = f"{100 * selection.agreement:.1f} %", selection.kept() or "nothing but the heads"
+        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {kept}")
+        return Quantized(build(selection.ranges), kept)
+
+    def calibrated(self, pixels: Array, calibration: CalibrationConfig, progress: Progress) -> tuple[Build, Ranges]:
+        """Writes graphs with the layers of given ranges in INT8, channels evened out; and the ranges of all."""
         exposed = stage_graphs(self.model, self.preprocess, expose=True)
         model, extremes = equalize(self.model, collect_extremes(exposed, pixels, calibration, progress))
 
         def build(chosen: Ranges) -> list[onnx.ModelProto]:
             return stage_graphs(model, self.preprocess, ranges=chosen)
 
-        selection = select_layers(build, ranges_of(extremes, calibration), pixels, quantization, progress)
-        percent, kept = f"{100 * selection.agreement:.1f} %", selection.kept() or "nothing but the heads"
-        progress.step(f"int8 agrees with fp32 on {percent} of the fitting images; in fp32: {kept}")
-        return Quantized(build(selection.ranges), kept)
+        return build, ranges_of(extremes, calibration)
 
     @torch.no_grad()
     def answers(self, pixels: Array) -> list[FloatArray]:

@@ -118,8 +118,9 @@ class StageSpec(_Frozen):
 class ExitSpec(_Frozen):
     """When an image may leave after a stage: its score, on logits / temperature, reaches the threshold."""
 
-    score: Literal["max_softmax", "margin", "entropy"] = Field(
-        description="max_softmax: largest probability. margin: largest minus second. entropy: 1 - entropy / log(classes)."
+    score: Literal["max_softmax", "margin", "entropy", "patience"] = Field(
+        description="max_softmax: largest probability. margin: largest minus second. entropy: 1 - entropy / log(classes). "
+        "patience: how many exits in a row, this the last, gave one class, less one, plus max_softmax; over the stages."
     )
     temperature: float = Field(gt=0, description="Logits are divided by it (Guo et al., 2017).")
     threshold: float | None = Field(description="None on the last stage, where every image leaves.")

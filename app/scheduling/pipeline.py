@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from app.errors import InferenceFailed
-from app.exits import ExitPolicy
+from app.exits import ExitPolicy, with_answers
 from app.log import get_logger
 from app.metrics import Metrics
 from app.scheduling.batcher import DynamicBatcher
@@ -165,8 +165,11 @@ class _Stage:
     def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> None:
         if len(output.logits) != len(batch):
             raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
+        history = None
+        if self._policy.patient:
+            history = with_answers(np.array([item.history for item in batch]), output.logits)
         with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
-            leave, confidence = self._policy.decide(self.index, output.logits, [item.point for item in batch])
+            leave, confidence = self._policy.decide(self.index, output.logits, [item.point for item in batch], history)
             probabilities = self._policy.probabilities(self.index, output.logits)
         finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
         for row, item in enumerate(batch):
@@ -178,6 +181,8 @@ class _Stage:
                 self._exits.inc()
                 item.future.set_result(self._result(item, probabilities[row], float(confidence[row])))
             else:
+                if history is not None:
+                    item.history = int(history[row, 0]), int(history[row, 1])
                 item.inputs = {name: value[row] for name, value in output.state.items()}
                 self._forward(item, self.index + 1)
 

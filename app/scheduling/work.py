@@ -20,6 +20,7 @@ class WorkItem:
     future: asyncio.Future[PipelineResult]
     queued_at: float  # reset at each stage
     point: int = 0  # operating point of its model, by which it may leave
+    history: tuple[int, int] = (-1, 0)  # what the exits so far said, as `app.exits.History`, where that counts
     queue_s: list[float] = field(default_factory=list)
     compute_s: list[float] = field(default_factory=list)
 

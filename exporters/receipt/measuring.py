@@ -13,6 +13,7 @@ from app.exits import ExitPolicy
 from app.quality import Ladder, Rung
 from app.runtime.backend import Backend
 from app.runtime.cpu import has_exact_int8, num_cpus
+from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
 from exporters.config import Tried
 from exporters.evaluation import expected_calibration_error, paired_loss, reliability
@@ -20,7 +21,9 @@ from exporters.exit_fitting import route, with_thresholds
 from exporters.images import ImageSet
 from exporters.machine import cpu_model, installed, kernel
 from exporters.progress import SILENT, Progress
+from exporters.published import on_this_cpu
 from exporters.receipt.operators import milliseconds_by_operator
+from exporters.serving import ServingFigures, measure_serving, threads_to_try
 from exporters.timing import TIMED_BATCH, Cost, EnergyMeter, cost_per_image, in_batches, spread
 from models.manifest import PIXELS, ModelManifest, VariantSpec
 
@@ -80,6 +83,7 @@ class Receipt:
     points: tuple[PointFigures, ...]
     exits: tuple[ExitFigures, ...]
     profile: tuple[StageProfile, ...]
+    serving: tuple[ServingFigures, ...]  # of the last variant, at `balanced`
     tried: tuple[Tried, ...]  # by the search that made it, where one did
     limits: str  # what a certificate does not promise; "" where there is none
     machine: dict[str, str]
@@ -140,6 +144,7 @@ def measure(
         points=points,
         exits=_exits(subject, images.labels),
         profile=_profile(subject, images.pixels),
+        serving=_serving(subject, images.pixels, progress),
         tried=tuple(tried),
         limits=next((certificate.limits for certificate in certificates if certificate is not None), ""),
         machine={
@@ -233,6 +238,16 @@ def _profile(subject: Subject, pixels: Array) -> tuple[StageProfile, ...]:
         found.append(StageProfile(variant.name, index, large | ({"others": rest} if rest else {})))
         values = {PIXELS: values[PIXELS]} | dict(subject.backends[variant.name].run(index, taken).state)
     return tuple(found)
+
+
+def _serving(subject: Subject, pixels: Array, progress: Progress) -> tuple[ServingFigures, ...]:
+    """Of the variant that is shown, at its own exits."""
+    progress.step("measuring instances, threads and batch sizes")
+    variant, manifest, cpus = subject.shown, subject.manifest, num_cpus()
+    backends = {
+        threads: OrtBackend(subject.directory, manifest, variant.name, on_this_cpu(threads)) for threads in threads_to_try(cpus)
+    }
+    return tuple(measure_serving(backends, ExitPolicy(variant.exits), manifest.entries, pixels, cpus))
 
 
 def leaves_at(subject: Subject) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from exporters.receipt.examples import Example
 from exporters.receipt.measuring import PointFigures, Receipt
 from exporters.receipt.plots import accuracy_over_speed, reliability_of
+from exporters.serving import best_of
 
 TEMPLATE = "report.html.jinja"
 PAGE_FILE, FIGURES_FILE = "report.html", "report.json"
@@ -39,6 +40,7 @@ def as_page(receipt: Receipt, examples: Sequence[Example]) -> str:
         reliability=[(exit_, reliability_of(exit_)) for exit_ in receipt.exits if exit_.variant == shown],
         examples=[(stage, [*each]) for stage, each in groupby(examples, key=lambda example: example.stage)],
         rates=next(point.exit_rates for point in reversed(_of(receipt, shown)) if point.point in ("balanced", "full")),
+        best=best_of(receipt.serving),
         slowest=max(sum(stage.operators.values()) for stage in receipt.profile),
     )
 

@@ -16,6 +16,8 @@ from models.multi_exit import MultiExitViT
 from models.vit_state import Told, network_of
 from models.weights import WeightsError
 
+LARGEST_MARGIN = 0.08  # of a side, right and below, that patches of another size may leave unseen
+
 
 class SourceError(ValueError):
     """A configuration or a checkpoint that is not understood, or not of a kind that is supported."""
@@ -128,9 +130,10 @@ def own_network(state: dict[str, Tensor], told: Told, asked: Asked) -> MultiExit
     except ValueError as error:
         raise SourceError(str(error)) from error
     pixels, patch = model.config.image_size, model.config.patch_size
-    if asked.other_size and pixels % patch:
+    if asked.other_size and pixels % patch > LARGEST_MARGIN * pixels:
         raise SourceError(
-            f"patches of {patch} pixels do not fill a picture of {pixels}: say another --image-size or --patch-size"
+            f"patches of {patch} pixels leave {pixels % patch} of a picture's {pixels} unseen: say another --image-size or "
+            "--patch-size"
         )
     return model
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from app.exits import SCORES, ExitPolicy, entropy, margin, max_softmax
+from app.exits import PATIENCE, SCORES, ExitPolicy, entropy, margin, max_softmax, no_history, with_answers
 from app.postprocess import softmax
 from models.manifest import ExitSpec
 
@@ -31,7 +31,7 @@ def policy(*, score: Score = "max_softmax", temperature: float = 1.0, threshold:
 
 def test_the_table_has_every_score_of_the_manifest() -> None:
     """A manifest that is valid can be served."""
-    assert set(ExitSpec.model_fields["score"].annotation.__args__) == set(SCORES)  # type: ignore[union-attr]
+    assert set(ExitSpec.model_fields["score"].annotation.__args__) == {*SCORES, PATIENCE}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,34 @@ def test_the_decision_on_an_image_does_not_depend_on_its_batch(score: Score) -> 
 def test_the_number_of_stages_is_that_of_the_exits() -> None:
     """The pipeline makes a queue for each."""
     assert policy().num_stages == 2
+
+
+def patient(*thresholds: float) -> ExitPolicy:
+    exits = [ExitSpec(score="patience", temperature=1.0, threshold=each) for each in thresholds]
+    return ExitPolicy([*exits, ExitSpec(score="patience", temperature=1.0, threshold=None)])
+
+
+def test_who_agrees_with_the_exits_before_is_surer() -> None:
+    """By hand: the streak, less one, plus the largest probability, over the stages; another answer begins anew."""
+    policy = patient(0.9, 0.9)
+    sure, torn = np.log([0.9, 0.1]), np.log([0.4, 0.6])
+    history, scores = no_history(2), []
+    for stage, logits in enumerate((np.array([sure, sure]), np.array([sure, torn]), np.array([torn, torn]))):
+        history = with_answers(history, logits.astype(np.float32))
+        leave, score = policy.decide(stage, logits.astype(np.float32), 0, history)
+        scores.append(score.tolist())
+        assert leave.all() == (stage == 2)
+
+    np.testing.assert_allclose(scores, [[0.9 / 3, 0.9 / 3], [1.9 / 3, 0.6 / 3], [0.6 / 3, 1.6 / 3]], atol=ATOL)
+    assert history.tolist() == [[1, 1], [1, 2]]
+
+
+def test_patience_needs_the_exits_before() -> None:
+    """Without them there is no score; and no network of a cascade is passed over, but by those who want the last answer."""
+    with pytest.raises(ValueError, match="a history is needed"):
+        patient(0.5).decide(0, rows([1.0, 0.0]))
+    exits = patient(1.01, 0.5)
+    assert exits.way((0, 1)) == [0, 1, 2]
+    assert patient(1.01, 1.01).way((0, 1, 2)) == [2]
+    quick = [ExitSpec(score="margin", temperature=1.0, threshold=each) for each in (1.01, 0.5, None)]
+    assert ExitPolicy(quick).way((0, 1)) == [1, 2]

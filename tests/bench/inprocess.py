@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from app.exits import ExitPolicy
+from app.exits import ExitPolicy, no_history, with_answers
 from app.imaging.preprocess import Pixels, load_pixels, preprocess
 from app.runtime.backend import Backend
 from app.runtime.ort_backend import OrtBackend
@@ -78,14 +78,16 @@ class PlainLoop:
         """
         inputs: dict[str, Array] = {PIXELS: np.stack([self._decode(data, by_hand) for data in images])}
         exits = np.zeros(len(images), dtype=np.int64)
-        rows = np.arange(len(images))  # which images are still on their way
+        rows, history = np.arange(len(images)), no_history(len(images))  # of those that are still on their way
         for stage in range(self._policy.num_stages):
             output = self._backends[thread].run(stage, inputs)
-            leave, _ = self._policy.decide(stage, output.logits)
+            history = with_answers(history, output.logits)
+            leave, _ = self._policy.decide(stage, output.logits, 0, history)
             exits[rows[leave]] = stage
             rows = rows[~leave]
             if not len(rows):
                 break
+            history = history[~leave]
             inputs = {name: value[~leave] for name, value in output.state.items()}
         return exits
 

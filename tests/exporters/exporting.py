@@ -20,6 +20,7 @@ def make_config(inputs: Path, repository: Path, version: int = 1) -> ExportConfi
         images,
         repository,
         version,
+        better_than_chance=False,
         int8=has_exact_int8(),
         quantization=lenient,
     )

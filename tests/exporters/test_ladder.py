@@ -41,7 +41,7 @@ def test_a_row_begins_with_the_dearest_and_grows_faster_and_looser() -> None:
     row = pareto_row(found, MS, TEMPERATURES, "accuracy", SCORE)
 
     assert (row[0].first, row[0].then) == (2, None)
-    times, losses = [route.ms for route in row[1:]], [route.counts.loss for route in row[1:]]
+    times, losses = [route.ms for route in row[1:]], [route.loss for route in row[1:]]
     assert times == sorted(times, reverse=True)
     assert losses == sorted(losses)
     assert {route.then for route in row} >= {None, 2}
@@ -55,11 +55,11 @@ def test_a_row_begins_with_the_dearest_and_grows_faster_and_looser() -> None:
 def test_a_route_is_an_operating_point_of_a_cascade() -> None:
     """Thresholds of every graph but the last: where nobody may leave, where all do, and where the sure ones do."""
     counts = PairedCounts(0, 0, 10)
-    assert Route(2, None, ALWAYS, 4.0, counts).thresholds(3) == (NEVER, NEVER)
-    assert Route(1, None, ALWAYS, 2.0, counts).thresholds(3) == (NEVER, ALWAYS)
-    assert Route(0, 1, 0.7, 2.0, counts).thresholds(3) == (0.7, ALWAYS)
-    assert Route(0, 2, 0.7, 2.0, counts).thresholds(3) == (0.7, NEVER)
-    assert Route(1, 2, 0.7, 3.0, counts).thresholds(3) == (NEVER, 0.7)
+    assert Route(2, None, ALWAYS, 4.0, counts, 0.0).thresholds(3) == (NEVER, NEVER)
+    assert Route(1, None, ALWAYS, 2.0, counts, 0.0).thresholds(3) == (NEVER, ALWAYS)
+    assert Route(0, 1, 0.7, 2.0, counts, 0.0).thresholds(3) == (0.7, ALWAYS)
+    assert Route(0, 2, 0.7, 2.0, counts, 0.0).thresholds(3) == (0.7, NEVER)
+    assert Route(1, 2, 0.7, 3.0, counts, 0.0).thresholds(3) == (NEVER, 0.7)
 
 
 def test_what_is_proved_holds_as_often_as_it_says() -> None:
@@ -84,7 +84,7 @@ def test_what_is_proved_holds_as_often_as_it_says() -> None:
 
 
 def test_without_images_set_apart_the_row_decides_and_nothing_is_proved() -> None:
-    """The fastest that loses no more than allowed on the images it was chosen by; none where all lose more."""
+    """The fastest that is expected to lose no more than allowed; none where all are expected to lose more."""
     fitting = answers(1000, seed=3)
     row = pareto_row(fitting, MS, TEMPERATURES, "accuracy", SCORE)
 
@@ -92,6 +92,30 @@ def test_without_images_set_apart_the_row_decides_and_nothing_is_proved() -> Non
 
     assert found is not None
     assert not found.proved
-    assert found.route.counts.loss <= 0.03
-    assert all(route.ms >= found.route.ms for route in row if route.counts.loss <= 0.03)
+    assert found.route.loss <= 0.03
+    assert all(route.ms >= found.route.ms for route in row if route.loss <= 0.03)
     assert choose(row, None, TEMPERATURES, epsilon=-1.0, delta=0.1) is None
+
+
+def test_the_best_of_many_routes_is_not_the_luckiest() -> None:
+    """Few images: chosen by labels alone more is lost on others than was allowed; by the estimate hardly any more."""
+    everything, epsilon = answers(60_000, seed=4), 0.02
+    by_labels, by_estimate = [], []
+    for seed in range(40):
+        drawn = np.random.default_rng(seed).choice(len(everything.labels), 300, replace=False)
+        row = pareto_row(part(everything, drawn), MS, TEMPERATURES, "accuracy", SCORE)
+        lucky = min((route for route in row if route.counts.loss <= epsilon), key=lambda route: route.ms)
+        found = choose(row, None, TEMPERATURES, epsilon=epsilon, delta=1.0)
+        assert found is not None
+        by_labels.append(loss(lucky, everything))
+        by_estimate.append(loss(found.route, everything))
+    beyond_by_labels, beyond_by_estimate = np.mean(by_labels) - epsilon, np.mean(by_estimate) - epsilon
+    assert beyond_by_labels > 0.002
+    assert beyond_by_estimate < beyond_by_labels / 4
+
+
+def test_disagreement_has_no_noise() -> None:
+    """It is what it is on the images."""
+    found = answers(500, seed=5)
+    for route in pareto_row(found, MS, TEMPERATURES, "disagreement", SCORE):
+        assert route.loss == route.counts.loss

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
 from app.runtime.cpu import has_exact_int8
+from exporters import candidates
 from exporters import optimize as module
+from exporters.candidates import Workshop
 from exporters.cli import app as exporter
 from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig
-from exporters.optimize import Search, optimize
+from exporters.optimize import Budget, Search, optimize
 from exporters.sources.base import AS_IT_IS, Asked, SourceError
 from exporters.sources.timm_vit import TimmSource
+from exporters.timing import Cost
 from models.manifest import ModelManifest
 from tests.app.http.served import check_answer, make_settings, running
 from tests.checkpoints import LABELS, checkpoint, write_checkpoint
@@ -37,6 +46,7 @@ def config(tmp_path: Path) -> ExportConfig:
         test_images=tmp_path / "test.zip",
         repository=tmp_path / "repository",
         version=1,
+        better_than_chance=False,
         int8=has_exact_int8(),
         quantization=QuantizationConfig(min_agreement=0, max_accuracy_drop=1),  # nothing can be asked of random weights
         exits=ExitConfig(max_accuracy_drop=0.5),
@@ -49,14 +59,15 @@ def config(tmp_path: Path) -> ExportConfig:
 def cheaper_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that do not hang on this machine: fewer tokens take less, fp32 takes twice as long."""
 
-    def times(backends: dict[str, object], *_: object, **__: object) -> dict[str, dict[str, float]]:
-        return {name: {"without_exits": 20.0 if name == "0" else 10.0 - int(name), "with_exits": 0.0} for name in backends}
+    def costs(ways: dict[int, object], *_: object) -> dict[int, Cost]:
+        return {number: Cost(20.0 if number == 0 else 19.0 - number, 1.0, None) for number in ways}
 
-    monkeypatch.setattr(module, "milliseconds_per_image", times)
+    monkeypatch.setattr(module, "cost_per_image", costs)
+    monkeypatch.setattr(module, "parallel_speedup", lambda *_: 2.0)
 
 
 def test_a_search_publishes_a_ladder(config: ExportConfig, tmp_path: Path) -> None:
-    """Its last stage is the network as it came; balanced and fast begin at a cheaper graph and are proved."""
+    """Its last stage is the network as it came; balanced and fast begin at a cheaper graph and are proved; with a receipt."""
     said = Listener()
     directory = optimize(config, SEARCH, tmp_path / "work", said)
 
@@ -71,30 +82,71 @@ def test_a_search_publishes_a_ladder(config: ExportConfig, tmp_path: Path) -> No
     card = (directory / "MODEL_CARD.md").read_text()
     assert f"other half, {variant.certificate.images} images, proves of them" in card
     assert "Nothing was fitted on the images" in card
-    assert any("the search ends here: tome leaves" in step for step in said.steps)
-    assert any("balanced: candidate" in step and "times the network as it came" in step for step in said.steps)
-    assert sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir()) == ["1", "2", "3"]
+    assert any("this family ends here: tome leaves" in step for step in said.steps)
+    assert any("balanced: " in step and "times the network as it came" in step for step in said.steps)
+    assert sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir()) == ["1", "2", "3", "5", "6"]
+    receipt = json.loads((directory / "report.json").read_text())["receipt"]
+    assert [point["point"] for point in receipt["points"]] == ["full", "balanced", "fast"]
+    assert any("patches of 5 pixels" in tried["what"] for tried in receipt["tried"])
+    assert "report.html" in manifest.files
+
+
+def test_candidates_are_the_network_with_fewer_tokens(config: ExportConfig, tmp_path: Path) -> None:
+    """Merged, with larger patches, and both; in INT8, with and without the worst layers, where this CPU has it exactly."""
+    optimize(config, SEARCH, tmp_path / "work")
+
+    found = {number: ModelManifest.load(tmp_path / "work" / "candidate" / str(number)) for number in (1, 2, 5, 6)}
+    variants = {number: [variant.name for variant in manifest.variants] for number, manifest in found.items()}
+    if config.int8:
+        assert variants == {1: ["fp32", "int8", "int8_mixed"], **{number: ["int8", "int8_mixed"] for number in (2, 5, 6)}}
+        assert len(found[1].provenance["sensitive_layers"].split(",")) == 4
+        assert len({manifest.provenance["sensitive_layers"] for manifest in found.values()}) == 1
+    else:
+        assert variants == {number: ["fp32"] for number in found}
+    costs = {number: manifest.stages[0].gmacs for number, manifest in found.items()}
+    assert costs[6] < costs[5] < costs[2] < costs[1]
+    assert all(manifest.preprocess == found[1].preprocess for manifest in found.values())
+
+
+def test_what_loses_far_too_much_ends_its_family(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before INT8 is made, and the next search knows it."""
+    config = replace(config, unlabelled=True, bound=None, exits=ExitConfig(max_accuracy_drop=0.1), fast_drop=0.0)
+    answer, asked = candidates.last_logits, list[int]()
+
+    def never_the_same_class(graphs: Sequence[onnx.ModelProto], pixels: np.ndarray) -> np.ndarray:
+        asked.append(len(pixels))
+        return -answer(graphs, pixels)
+
+    monkeypatch.setattr(candidates, "last_logits", never_the_same_class)
+    for version in (1, 2):
+        said = Listener()
+        with contextlib.suppress(SourceError):  # in INT8 the network as it came may be all that is left
+            optimize(replace(config, version=version), SEARCH, tmp_path / "work", said)
+        assert sum("fewer tokens would lose more" in step for step in said.steps) == 3  # the first of each family
+    kept = sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir())
+    assert kept == ["1", "2.given_up.json", "5.given_up.json", "6.given_up.json"]
+    assert len(asked) == 1 + 3  # once each
 
 
 def test_an_interrupted_search_goes_on(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is not made again, and the result is the same; another search's candidates are refused."""
     whole = optimize(config, SEARCH, tmp_path / "whole")
-    ran = module.recipe.run
-    made: list[str | None] = []
+    written = Workshop._publish
+    made: list[int] = []
 
-    def once(wanted: ExportConfig, *rest: object) -> Path:
-        made.append(wanted.reduction)
+    def once(self: Workshop, exported: object, graphs: object, labels: object, number: int, told: object) -> None:
+        made.append(number)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return ran(wanted, *rest)  # type: ignore[arg-type]
+        written(self, exported, graphs, labels, number, told)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module.recipe, "run", once)
+    monkeypatch.setattr(Workshop, "_publish", once)
     again = replace(config, version=2)
     with pytest.raises(KeyboardInterrupt):
         optimize(again, SEARCH, tmp_path / "broken")
     resumed = optimize(again, SEARCH, tmp_path / "broken")
 
-    assert made == [None, "tome:95%", "tome:95%", "tome:85%", "tome:50%", None]  # the last publishes
+    assert made == [1, 2, 2, 3, 5, 6]
     mine, theirs = ModelManifest.load(resumed), ModelManifest.load(whole)
     assert (mine.stages, mine.variants) == (theirs.stages, theirs.variants)
     with pytest.raises(SourceError, match="candidates of another search"):
@@ -103,13 +155,41 @@ def test_an_interrupted_search_goes_on(config: ExportConfig, tmp_path: Path, mon
 
 def test_what_cannot_be_kept_is_refused_with_what_is_nearest(config: ExportConfig, tmp_path: Path) -> None:
     """Nothing is published then; nor is a ladder made of a network in stages."""
-    config = replace(config, bound=None, exits=ExitConfig(max_accuracy_drop=-0.9), fast_drop=-0.9)
+    config = replace(config, bound=None, exits=ExitConfig(max_accuracy_drop=-0.9), fast_drop=4.0)
     with pytest.raises(SourceError, match=r"keeps a loss of at most -90 points; nearest is .* ms an image at .* points"):
-        optimize(config, Search(shares=(0.85,)), tmp_path / "work")
+        optimize(config, SEARCH, tmp_path / "work")
     assert not (tmp_path / "repository" / "ladder" / "1").exists()
     staged = replace(config, source=replace(config.source, asked=Asked((1, 2))))  # type: ignore[type-var]
     with pytest.raises(SourceError, match="whole graphs"):
         optimize(staged, SEARCH, tmp_path / "other")
+
+
+def test_a_budget_that_nothing_keeps_is_refused(config: ExportConfig, tmp_path: Path) -> None:
+    """With the fastest there is; and one that needs no search."""
+    for budget, said in (
+        (Budget(max_latency_ms=0.5), r"nothing keeps at most 0.5 ms for an image: the fastest takes .* ms an image"),
+        (Budget(target_throughput=1e6), r"nothing keeps at least 1e\+06 images a second"),
+        (Budget(target_throughput=1.0), r"the network as it came keeps at least 1 images a second already"),
+    ):
+        with pytest.raises(SourceError, match=said):
+            optimize(config, SEARCH, tmp_path / "work", budget=budget)
+        assert not (tmp_path / "repository" / "ladder" / "1").exists()
+
+
+def test_with_a_throughput_to_reach_balanced_is_the_most_faithful(config: ExportConfig, tmp_path: Path) -> None:
+    """Of those that reach it, as measured; without one it is the fastest."""
+    generous = replace(config, bound=None, exits=ExitConfig(max_accuracy_drop=1.0), fast_drop=0.0)
+    said = Listener()
+    optimize(generous, SEARCH, tmp_path / "work", said)
+    # Two threads at 20 ms are 100 images a second; the others take 18 ms and less.
+    budget = Budget(max_latency_ms=60, target_throughput=150)
+    directory = optimize(replace(generous, version=2), SEARCH, tmp_path / "work", said, budget=budget)
+
+    fastest, faithful = (float(match[1]) for step in said.steps if (match := re.search(r"balanced: .*?, ([\d.]+) ms", step)))
+    receipt = json.loads((directory / "report.json").read_text())["receipt"]
+    tried = [each["ms_per_image"] for each in receipt["tried"]]
+    assert fastest == pytest.approx(min(tried), abs=0.01)
+    assert faithful == pytest.approx(max(ms for ms in tried if ms <= 2000 / 150), abs=0.01)
 
 
 @pytest.mark.anyio
@@ -132,10 +212,10 @@ async def test_each_quality_of_a_ladder_is_served(config: ExportConfig, tmp_path
 
 def test_the_command_searches(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the options of an export; what was asked for stands in the card."""
-    seen: list[tuple[ExportConfig, Search, Path]] = []
+    seen: list[tuple[ExportConfig, Search, Path, Budget]] = []
 
-    def search(wanted: ExportConfig, tried: Search, work: Path, _: object) -> Path:
-        seen.append((wanted, tried, work))
+    def search(wanted: ExportConfig, tried: Search, work: Path, _: object, *, budget: Budget) -> Path:
+        seen.append((wanted, tried, work, budget))
         raise SourceError("enough")
 
     monkeypatch.setattr("exporters.search_cli.optimize_ladder", search)
@@ -153,6 +233,10 @@ def test_the_command_searches(config: ExportConfig, tmp_path: Path, monkeypatch:
         "1",
         "--work",
         str(tmp_path / "w"),
+        "--patch-sizes",
+        "18,20",
+        "--max-latency-ms",
+        "20",
     ]
     arguments += ["--calibration", str(config.calibration_images), "--test", str(config.test_images)]
 
@@ -160,10 +244,14 @@ def test_the_command_searches(config: ExportConfig, tmp_path: Path, monkeypatch:
 
     assert done.exit_code == 1, done.output
     assert "enough" in done.output
-    ((wanted, tried, work),) = seen
-    assert (tried.shares, work) == ((0.8, 0.6), tmp_path / "w")
+    ((wanted, tried, work, budget),) = seen
+    assert (tried.shares, tried.patch_sizes, work) == ((0.8, 0.6), (18, 20), tmp_path / "w")
+    assert (budget.max_latency_ms, budget.target_throughput) == (20, None)
     assert wanted.exits.max_accuracy_drop == pytest.approx(0.01)
     assert wanted.command.startswith("python -m exporters optimize --model ladder --version 1 --max-drop 1")
     wrong = CliRunner().invoke(exporter, [*arguments, "--shares", "80,nonsense"])
     assert wrong.exit_code == 1
     assert "shares are percents" in wrong.output
+    wrong = CliRunner().invoke(exporter, [*arguments, "--patch-sizes", "large"])
+    assert wrong.exit_code == 1
+    assert "patch sizes are pixels" in wrong.output

@@ -12,7 +12,16 @@ from app.types import Array, StageOutput
 from exporters.config import QuantizationConfig
 from exporters.golden import golden_images
 from exporters.staging import stage_specs
-from exporters.validation import AccuracyLoss, ShapeMismatch, ValueMismatch, normalised, validate, validate_quantized
+from exporters.validation import (
+    AccuracyLoss,
+    ShapeMismatch,
+    UnknownImages,
+    ValueMismatch,
+    normalised,
+    validate,
+    validate_images,
+    validate_quantized,
+)
 from exporters.vit_export import ViTExport
 from models.zoo import ZOO, create_model
 
@@ -83,3 +92,22 @@ def test_int8_that_costs_too_much_is_refused_with_both_figures(after: list[int],
     """Agreement and accuracy are limits of their own."""
     with pytest.raises(AccuracyLoss, match=r"agrees with fp32 on 75\.0 %.*loses (0|25)\.00 points"):
         validate_quantized("int8", one_hot([0, 1, 2, 0]), one_hot(after), np.array([0, 1, 2, 3]), limits)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0.1, 1000), (0.02, 100), (0.15, 100)])
+def test_images_that_the_network_does_not_know_are_refused(right: float, count: int) -> None:
+    """Of ten classes it is right on a tenth by chance, of few images on some more."""
+    labels = np.arange(count) % 10
+    logits = np.eye(10, dtype=np.float32)[(labels + (np.arange(count) >= right * count)) % 10]
+    with pytest.raises(
+        UnknownImages, match=rf"right on {100 * right:.1f} % of {count} images to fit on, no better than chance"
+    ):
+        validate_images(logits, labels)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0.2, 1000), (0.5, 100), (0.0, 90)])
+def test_images_that_it_knows_a_little_are_taken(right: float, count: int) -> None:
+    """It need not be good; and of ten images nothing can be said."""
+    labels = np.arange(count) % 10
+    logits = np.eye(10, dtype=np.float32)[(labels + (np.arange(count) >= right * count)) % 10]
+    assert validate_images(logits, labels) == right

@@ -13,6 +13,7 @@ from exporters.config import Tried
 from exporters.receipt.examples import Example
 from exporters.receipt.measuring import ExitFigures, PointFigures, Receipt, StageProfile
 from exporters.receipt.page import as_page, write
+from exporters.serving import ServingFigures
 from tests.images import make_jpeg, make_png
 
 FULL = PointFigures(
@@ -31,6 +32,12 @@ RECEIPT = Receipt(
         ExitFigures("fp32", 1, 0.91, 0.03, [(0.9, 0.91, 200)]),
     ),
     profile=(StageProfile("fp32", 0, {"MatMul": 1.5, "others": 0.1}), StageProfile("fp32", 1, {"Gelu": 0.2})),
+    serving=(
+        ServingFigures(2, 1, 1, 90.0),
+        ServingFigures(2, 1, 8, 140.0),
+        ServingFigures(1, 2, 1, 95.0),
+        ServingFigures(1, 2, 8, 120.0),
+    ),
     tried=(Tried("candidate 2", 3.0, 0.005),),
     limits="It promises nothing of other images.",
     machine={"CPU": "one of <those>"},
@@ -58,7 +65,7 @@ class Page(HTMLParser):
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.words += f"{data} "
 
 
 def test_nothing_is_fetched() -> None:
@@ -72,7 +79,7 @@ def test_nothing_is_fetched() -> None:
 
 def test_it_says_what_was_measured() -> None:
     """Times, losses with their interval, exit rates, promises, operators, the command."""
-    words = " ".join(Page(as_page(RECEIPT, EXAMPLES)).words.split())
+    words = " ".join(Page(as_page(RECEIPT, EXAMPLES)).words.split()).replace(" :", ":")
     for said in (
         "mine, version 3",
         "4.00\u00d7",
@@ -85,6 +92,8 @@ def test_it_says_what_was_measured() -> None:
         "MatMul",
         "python -m exporters report --model mine",
         "This machine does not tell its energy",
+        "FOVEA_RUNTIME__INSTANCES=2 FOVEA_RUNTIME__INTRA_OP_THREADS=1 FOVEA_BATCHING__MAX_BATCH_SIZE=8",
+        "1 x 2 95.0 120.0",
     ):
         assert said in words, said
 

@@ -96,8 +96,8 @@ def test_a_network_at_another_size_has_other_tokens(tmp_path: Path) -> None:
     assert larger.model.config.num_patches == (SIDE // (2 * patch)) ** 2
     with torch.no_grad():
         assert larger.model(torch.randn(2, 3, SIDE, SIDE))[-1].shape == (2, len(LABELS))
-    with pytest.raises(SourceError, match=r"patches of 5 pixels do not fill a picture of 16"):
-        TimmSource(*paths, LABELS, Asked(patch_size=5)).load()
+    with pytest.raises(SourceError, match=r"patches of 6 pixels leave 4 of a picture's 16 unseen"):
+        TimmSource(*paths, LABELS, Asked(patch_size=6)).load()
 
 
 def test_preprocessing_is_the_checkpoints_own(tmp_path: Path) -> None:
