@@ -77,6 +77,10 @@ def export(
     boundaries: Annotated[
         str | None, typer.Option(help="Blocks after which a stage ends, as 4,8,12; exits are fitted.")
     ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a network with exits, the first so many stages: deeper ones may know no more."),
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Pixels, where other than the network was trained with; positions are resampled.")
     ] = None,
@@ -121,7 +125,7 @@ def export(
                 "do not go with --onnx"
             )
         if onnx is None:
-            source, names = source_of(model, weights, timm_config, labels, checkpoint, asked)
+            source, names = source_of(model, weights, timm_config, labels, checkpoint, asked, stages)
         else:
             source, names = onnx_source(onnx, preprocessor, labels)
         config = ExportConfig(
@@ -166,6 +170,7 @@ def export(
                     "--also-classes": also_classes,
                     "--reduce": reduce,
                     "--boundaries": boundaries,
+                    "--stages": stages,
                     "--image-size": image_size,
                     "--patch-size": patch_size,
                 },

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from app.exits import ExitPolicy
-from app.postprocess import softmax
 from app.runtime.backend import Backend
 from app.types import Array, FloatArray
+from exporters.calibration_error import expected_calibration_error, reliability
 from exporters.exit_fitting import route
 from exporters.progress import SILENT, Progress
 from models.manifest import PIXELS, ExitSpec, StageSpec
 
-CALIBRATION_BINS = 15  # as in Guo et al., 2017
 NUM_CONFUSIONS = 6  # the most frequent mistakes that a report names
 Z_95 = 1.96  # standard deviations of a two-sided interval of 95 %
 
@@ -34,22 +33,6 @@ def logits_per_exit(
             collected[stage].append(output.logits)
             inputs = output.state
     return [np.concatenate(parts) for parts in collected]
-
-
-def reliability(logits: FloatArray, labels: Array, temperature: float) -> list[tuple[float, float, int]]:
-    """(mean confidence, accuracy, images) of each bin of confidence that has any; 15 bins of equal width over 0 .. 1."""
-    probabilities = softmax(logits, temperature)
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    return [
-        (float(confidence[bins == b].mean()), float(correct[bins == b].mean()), int((bins == b).sum())) for b in np.unique(bins)
-    ]
-
-
-def expected_calibration_error(logits: FloatArray, labels: Array, temperature: float) -> float:
-    """Mean gap between confidence and accuracy over the bins of `reliability`, in 0 .. 1 (Guo et al., ICML 2017)."""
-    bins = reliability(logits, labels, temperature)
-    return sum(abs(accuracy - confidence) * count for confidence, accuracy, count in bins) / len(labels)
 
 
 def paired_loss(before: Array, after: Array) -> tuple[float, float]:

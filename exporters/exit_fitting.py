@@ -11,11 +11,13 @@ import numpy as np
 from app.exits import ExitPolicy, no_history, with_answers
 from app.postprocess import softmax
 from app.types import Array, FloatArray
+from exporters.calibration_error import expected_calibration_error
 from exporters.config import ExitConfig
 from models.manifest import ExitSpec
 
 NEVER = 1.01  # above every score: nobody leaves here
 TEMPERATURES = np.geomspace(0.05, 20, 400)  # steps of 1.5 %, far finer than what the fit can tell apart
+STEP = 2  # of them, between those whose calibration is compared
 MAX_COMBINATIONS = 500  # of candidate thresholds; for the last early exit every possible one is tried
 
 
@@ -28,23 +30,40 @@ class Routing:
 
 
 def fit_temperature(logits: FloatArray, labels: Array) -> float:
-    """The temperature with the least negative log-likelihood, on logits (N, C) and labels (N,).
+    """The temperature with the least calibration error of those that the likelihood of the labels cannot tell apart.
 
-    Found by bisection: the likelihood has one valley, since it is convex in the temperature's inverse.
+    The least negative log-likelihood is found by bisection: it has one valley, since it is convex in the temperature's inverse.
+    Around it are temperatures that are worse by no more than two standard errors of the difference, image by image. Exits
+    compare confidences, so among those the one counts whose confidences are right.
+
+    Args:
+        logits: (N, C); labels: (N,).
 
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
     rows = np.arange(len(labels))
 
-    def loss(index: int) -> float:
+    def losses(index: int) -> Array:
         chosen = softmax(logits, float(TEMPERATURES[index]))[rows, labels]
-        return float(-np.log(np.maximum(chosen, 1e-30, dtype=np.float64)).mean())
+        found: Array = -np.log(np.maximum(chosen, 1e-30, dtype=np.float64))
+        return found
 
     low, high = 0, len(TEMPERATURES) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if loss(middle) <= loss(middle + 1) else (middle + 1, high)
-    return float(TEMPERATURES[low])
+        low, high = (low, middle) if losses(middle).mean() <= losses(middle + 1).mean() else (middle + 1, high)
+    best, likely = losses(low), [low]
+    for step in (-STEP, STEP):
+        index = low + step
+        while 0 <= index < len(TEMPERATURES):
+            difference = losses(index) - best
+            if difference.mean() > 2 * difference.std() / np.sqrt(len(labels)):
+                break
+            likely.append(index)
+            index += step
+    return float(
+        TEMPERATURES[min(likely, key=lambda each: expected_calibration_error(logits, labels, float(TEMPERATURES[each])))]
+    )
 
 
 def route(logits: Sequence[FloatArray], exits: Sequence[ExitSpec]) -> Routing:

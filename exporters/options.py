@@ -125,6 +125,7 @@ def source_of(
     labels: Path | None,
     checkpoint: str | None,
     asked: Asked,
+    stages: int | None = None,
 ) -> tuple[Source, tuple[str, ...]]:
     """What the options name, and the labels of its classes.
 
@@ -132,6 +133,8 @@ def source_of(
         SourceError: they do not go together, or nothing is there.
     """
     names = () if labels is None else tuple(lines(labels))
+    if stages is not None and (checkpoint is not None or timm_config is not None):
+        raise SourceError("--stages is for networks of the zoo, which come with exits; cut others with --boundaries")
     if checkpoint is not None:
         return from_folder(find(checkpoint), names, asked)
     if weights is None:
@@ -144,7 +147,7 @@ def source_of(
         raise SourceError(f"no network called {model!r}; there are {', '.join(sorted(ZOO))}, or say --timm-config")
     if asked != AS_IT_IS:
         raise SourceError("a network of the zoo is exported as it was trained: its stages and sizes are its own")
-    return ZooSource(model, weights), ZOO[model].labels
+    return ZooSource(model, weights, stages), ZOO[model].labels
 
 
 def onnx_source(file: Path, preprocessor: Path | None, labels: Path | None) -> tuple[Source, tuple[str, ...]]:

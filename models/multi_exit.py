@@ -7,6 +7,7 @@ trained together, and at run time an image leaves at the first head that is sure
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -33,6 +34,21 @@ class Stage(nn.Module):
         for block in self.blocks:
             x, carried = block(x, carried)
         return self.head(x, carried), x, carried
+
+
+def first_stages(model: MultiExitViT, count: int) -> MultiExitViT:
+    """A network of its first stages alone, which share their weights with it.
+
+    Raises:
+        ValueError: it has not so many.
+    """
+    if not 1 <= count <= len(model.stages):
+        raise ValueError(f"the network has {len(model.stages)} stages, not {count}")
+    boundaries = model.boundaries[:count]
+    found = MultiExitViT(replace(model.config, depth=boundaries[-1]), boundaries)
+    found.stages = model.stages[:count]
+    found.predictors = model.predictors
+    return found.train(model.training)
 
 
 class MultiExitViT(nn.Module):

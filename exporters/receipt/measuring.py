@@ -15,8 +15,9 @@ from app.runtime.backend import Backend
 from app.runtime.cpu import has_exact_int8, num_cpus
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
+from exporters.calibration_error import expected_calibration_error, reliability
 from exporters.config import Tried
-from exporters.evaluation import expected_calibration_error, paired_loss, reliability
+from exporters.evaluation import paired_loss
 from exporters.exit_fitting import route, with_thresholds
 from exporters.images import ImageSet
 from exporters.machine import cpu_model, installed, kernel

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--folders", type=Path, help="the folder of each class, one a line, where folders are not labels")
     parser.add_argument("--fitting", type=int, default=4000, help="images of a split that exits are fitted and certified on")
     parser.add_argument("--splits", type=int, default=200)
+    parser.add_argument("--points", default="0.5,1,2", help="largest losses to be promised")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logits, labels, costs = _answers(arguments)
@@ -58,12 +59,10 @@ def main() -> None:
     print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|")
     risks: tuple[Risk, ...] = ("accuracy", "disagreement")
     for risk in risks:
-        for epsilon in (0.005, 0.01, 0.02):
+        for points in map(float, arguments.points.split(",")):
             for delta in (0.05, 0.2):
-                print(
-                    "| " + " | ".join(_row(logits, labels, costs, arguments, risk, BoundConfig(epsilon, delta))) + " |",
-                    flush=True,
-                )
+                row = _row(logits, labels, costs, arguments, risk, BoundConfig(points / 100, delta))
+                print("| " + " | ".join(row) + " |", flush=True)
 
 
 def _row(

@@ -7,6 +7,7 @@ import pytest
 
 from app.exits import ExitPolicy
 from app.postprocess import softmax
+from exporters.calibration_error import expected_calibration_error
 from exporters.config import ExitConfig
 from exporters.exit_fitting import NEVER, fit_exits, fit_temperature, route
 from models.manifest import ExitSpec
@@ -25,6 +26,23 @@ def fitted() -> tuple[list[np.ndarray], np.ndarray]:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 4000)
     return [make_logits(generator, labels, strength) for strength in (6, 8, 12)], labels
+
+
+def test_of_likely_temperatures_the_best_calibrated_counts() -> None:
+    """Where no temperature is right for all images the likelihood leaves a choice, and calibration makes it."""
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((800, 5)).astype(np.float32) * np.float32(2)
+    # Answers of a little confidence are right too often, others too rarely: no temperature is right for all.
+    labels = np.where(rng.random(800) < 0.7, logits.argmax(axis=1), rng.integers(0, 5, 800))
+
+    def loss(temperature: float) -> np.ndarray:
+        return -np.log(softmax(logits, temperature)[np.arange(800), labels].astype(np.float64))
+
+    found = fit_temperature(logits, labels)
+    likeliest = min(np.geomspace(0.2, 5, 200), key=lambda each: loss(each).mean())
+    worse = loss(found) - loss(likeliest)
+    assert worse.mean() <= 2.1 * worse.std() / np.sqrt(800)
+    assert expected_calibration_error(logits, labels, found) <= expected_calibration_error(logits, labels, likeliest)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

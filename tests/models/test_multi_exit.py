@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.multi_exit import MultiExitViT
+from models.multi_exit import MultiExitViT, first_stages
 from models.zoo import ZOO, create_model
 
 
@@ -57,3 +57,16 @@ def test_unknown_name_is_refused_with_the_names_there_are() -> None:
     """The message helps to the right one."""
     with pytest.raises(ValueError, match="test_vit"):
         create_model("vit_enormous")
+
+
+def test_the_first_stages_alone_say_what_they_said() -> None:
+    """With the same weights, as a network of their own depth; as many as there are at most."""
+    model = create_model("test_vit").eval()
+    x = torch.randn(2, 3, 32, 32)
+    for count in (1, 2, 3):
+        part = first_stages(model, count)
+        assert (len(part.stages), part.config.depth) == (count, model.boundaries[count - 1])
+        with torch.no_grad():
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(part(x), model(x), strict=False))
+    with pytest.raises(ValueError, match="has 3 stages, not 4"):
+        first_stages(model, 4)
