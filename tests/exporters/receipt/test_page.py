@@ -89,6 +89,7 @@ def test_it_says_what_was_measured() -> None:
         "fp32, fast: nothing is proved",
         "It promises nothing of other images.",
         "Leaving at stage 0 of fp32",
+        "patches have the mean colour of the token",
         "MatMul",
         "python -m exporters report --model mine",
         "This machine does not tell its energy",
