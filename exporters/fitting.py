@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
-from exporters.certificate import Certified, certified_exits
-from exporters.config import ExportConfig
+from exporters.certificate import ALREADY_SEEN, Certified, certified_exits, split, too_few
+from exporters.config import BoundConfig, ExportConfig
 from exporters.evaluation import logits_per_exit
 from exporters.exit_fitting import fit_exits
 from exporters.progress import Progress
@@ -83,7 +83,7 @@ def _exits_at(
     how = replace(config.exits, max_accuracy_drop=drop, labelled=not config.unlabelled)
     bound = None if config.bound is None else replace(config.bound, epsilon=drop)
     if bound is None or apart is None or images.apart is None or len(costs) == 1:
-        return Certified(fit_exits(*seen, costs, how), None, images.unproved if len(costs) > 1 else "")
+        return Certified(fit_exits(*seen, costs, how), None, _unproved(images, bound) if len(costs) > 1 else "")
     return certified_exits(
         seen,
         apart,
@@ -93,3 +93,10 @@ def _exits_at(
         images_sha256=images.apart.sha256,
         risk="disagreement" if config.unlabelled else "accuracy",
     )
+
+
+def _unproved(images: Images, bound: BoundConfig | None) -> str:
+    """Why nothing is proved of exits that may cost so much, in words; empty where nothing was asked for."""
+    if bound is None or images.unproved in ("", ALREADY_SEEN) or split(len(images.fitting), bound) is not None:
+        return images.unproved
+    return too_few(len(images.fitting), bound)
