@@ -6,6 +6,7 @@ from exporters.config import ExportConfig
 from exporters.exportable import Exportable
 from exporters.graphs_export import export_of
 from exporters.images import count_images
+from exporters.mirror import Mirrored
 from exporters.recipe import check, vit_of
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, wish_of
 from exporters.sources.base import Network
@@ -30,6 +31,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
     spec = network.preprocess
     exported: Exportable = ViTExport(network.model, spec) if isinstance(network, Network) else export_of(network)
     stages = exported.stages()
+    with_mirror = Mirrored(exported, spec).stages() if config.mirror else stages
     size = sum(graph.ByteSize() for graph in exported.graphs())
     counts = [
         count_images(path, network.labels, folders=config.folders, unlabelled=config.unlabelled)
@@ -41,7 +43,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
     return {
         "network": f"{network.origin}, {len(network.labels)} classes ({', '.join(network.labels[:3])}, …)",
         "pictures": f"{resized} {spec.resize}, centre {spec.crop[0]} x {spec.crop[1]}, {spec.interpolation}",
-        "stages": f"{len(stages)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in stages)} billion multiply-adds",
+        "stages": f"{len(with_mirror)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in with_mirror)} billion multiply-adds",
         "token reduction": config.reduction or "none",
         "tokens between them": ", ".join(tokens) or "none",
         "exits": "fitted" if not isinstance(network, Network) or network.has_exits else "heads are fitted first",

@@ -336,6 +336,8 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(inputs: Path, tmp_p
         "--dry-run",
     ):
         assert words in result.output
+    mirrored = CliRunner().invoke(exporter, [*arguments, "--test", str(inputs / "images"), "--stages", "2", "--mirror"])
+    assert "3, of " in mirrored.output  # two and the mirror
     assert not (tmp_path / "test_vit").exists()
     assert lost.exit_code == 1
     assert "which is none of the model's 10 classes" in lost.output
