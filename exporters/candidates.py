@@ -6,7 +6,7 @@ as in FlexiViT, Beyer et al., CVPR 2023); merging makes them fewer on the way; b
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from exporters.vit_export import ViTExport
 from models.manifest import ModelManifest
 
 CANDIDATE = "candidate"
+MADE_FROM = "candidate_made_from"  # in their provenance
 FP32, INT8, MIXED = recipe.FP32, recipe.INT8, recipe.MIXED
 KEPT_FP32 = 4  # of those
 ATOL = 1e-3  # of a logit between the fp32 graph and PyTorch
@@ -74,27 +75,35 @@ class Workshop:
     progress: Progress
 
     def make(self, trial: Trial, number: int, worth: Worth) -> StoredModel | None:
-        """Made now, or found as an earlier search left it; None where it is not worth INT8.
+        """Made now, or found as an earlier search left it, whatever its budget; None where it is not worth INT8.
 
         Args:
             trial: what is wanted; number: its own, the same in every search.
             worth: asked of the fp32 network.
 
         Raises:
-            SourceError: the folder holds candidates of another search, or the source has no such patches.
+            SourceError: the folder holds candidates made of something else, or the source has no such patches.
             ScheduleError, WeightsError, ValueMismatch: as `exporters.recipe.run`.
         """
-        directory, given_up = self.folder / CANDIDATE / str(number), self.folder / CANDIDATE / f"{number}.given_up.json"
+        directory, given_up = self.folder / CANDIDATE / str(number), self.folder / CANDIDATE / f"{number}.given_up.npz"
+        made_from = self._made_from(trial)
         if directory.exists():
             stored = self.open(number)
-            self._check(stored.manifest.provenance, trial)
+            self._check(stored.manifest.provenance.get(MADE_FROM), made_from)
             return stored
         if given_up.exists():
-            self._check(json.loads(given_up.read_text()), trial)
-            return None
+            with np.load(given_up) as kept:
+                self._check(str(kept["made_from"]), made_from)
+                if not worth(kept["logits"]):
+                    return None
         self.progress.step(f"candidate {number}: {trial}")
         network = recipe.vit_of(_with_patches(self.config.source, trial.patch_size).load())
-        told = {"command": self._command(trial), "weights_sha256": network.weights_sha256, "token_reduction": "none"}
+        told = {
+            "command": f"{self.config.command} ({trial})",
+            "weights_sha256": network.weights_sha256,
+            "token_reduction": "none",
+            MADE_FROM: made_from,
+        }
         if trial.reduction is not None:
             search = self.config.search
             schedule = schedule_of(
@@ -105,9 +114,10 @@ class Workshop:
         exported = ViTExport(network.model, network.preprocess)
         fp32 = exported.graphs()
         self._compare(exported, fp32, reduced=trial.reduction is not None)
-        if not worth(last_logits(fp32, self.fitting.pixels)):
+        logits = last_logits(fp32, self.fitting.pixels)
+        if not worth(logits):
             given_up.parent.mkdir(parents=True, exist_ok=True)
-            given_up.write_text(json.dumps(told))
+            np.savez(given_up, logits=logits, made_from=np.array(made_from))
             return None
         graphs = {FP32: fp32} if trial.as_it_came or not self.config.int8 else {}
         if self.config.int8:
@@ -124,13 +134,19 @@ class Workshop:
         """Whether the network may have patches of other sizes."""
         return isinstance(self.config.source, RESIZABLE)
 
-    def _command(self, trial: Trial) -> str:
-        return f"{self.config.command} ({trial})"
+    def _made_from(self, trial: Trial) -> str:
+        """What a candidate hangs on, as a sha256: not on the budget, so that another one finds it again."""
+        network, config = recipe.vit_of(self.config.source.load()), self.config
+        told = (str(trial), network.weights_sha256, network.preprocess, network.model.config, config.int8)
+        digest = hashlib.sha256(repr((*told, config.calibration, config.quantization, config.search)).encode())
+        digest.update(self.fitting.pixels.tobytes())
+        return digest.hexdigest()
 
-    def _check(self, told: Mapping[str, str], trial: Trial) -> None:
-        wanted = self._command(trial), self.config.source.load().weights_sha256
-        if (told["command"], told["weights_sha256"]) != wanted:
-            raise SourceError(f"{self.folder} holds candidates of another search; name another folder")
+    def _check(self, made_from: str | None, wanted: str) -> None:
+        if made_from != wanted:
+            raise SourceError(
+                f"{self.folder} holds candidates of another network, other images or other settings; name another folder"
+            )
 
     def _compare(self, exported: ViTExport, graphs: Sequence[onnx.ModelProto], *, reduced: bool) -> None:
         """ValueMismatch where the graphs are not the network.

@@ -122,12 +122,13 @@ def optimize(
     Args:
         config: the network, the images, what may be lost, and where the version goes; without a reduction, in one stage.
         search: what is tried.
-        work: where candidates are kept; the same folder again goes on with an interrupted search.
+        work: where candidates are kept; the same folder again goes on with an interrupted search, or begins one with
+            another budget.
         progress: told what is tried and what comes of it.
         budget: what must be kept besides.
 
     Raises:
-        SourceError: the folder holds candidates of another search, or nothing faster keeps what is to be kept.
+        SourceError: the folder holds candidates made of something else, or nothing faster keeps what is to be kept.
         AlreadyPublished, ScheduleError, ImageSetError, WeightsError, ValidationError: as `exporters.recipe.run`.
     """
     recipe.check(config)

@@ -19,7 +19,7 @@ from exporters import candidates
 from exporters import optimize as module
 from exporters.candidates import Workshop
 from exporters.cli import app as exporter
-from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig
+from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig, SearchConfig
 from exporters.optimize import Budget, Search, optimize
 from exporters.sources.base import AS_IT_IS, Asked, SourceError
 from exporters.sources.timm_vit import TimmSource
@@ -124,12 +124,15 @@ def test_what_loses_far_too_much_ends_its_family(config: ExportConfig, tmp_path:
             optimize(replace(config, version=version), SEARCH, tmp_path / "work", said)
         assert sum("fewer tokens would lose more" in step for step in said.steps) == 3  # the first of each family
     kept = sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir())
-    assert kept == ["1", "2.given_up.json", "5.given_up.json", "6.given_up.json"]
+    assert kept == ["1", "2.given_up.npz", "5.given_up.npz", "6.given_up.npz"]
     assert len(asked) == 1 + 3  # once each
+    generous = replace(config, version=3, exits=ExitConfig(max_accuracy_drop=1.0))
+    optimize(generous, SEARCH, tmp_path / "work")
+    assert {"2", "5", "6"} < {path.name for path in (tmp_path / "work" / "candidate").iterdir()}  # worth it now
 
 
 def test_an_interrupted_search_goes_on(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there is not made again, and the result is the same; another search's candidates are refused."""
+    """What is there is not made again, whatever the budget, and the result is the same; other networks' are refused."""
     whole = optimize(config, SEARCH, tmp_path / "whole")
     written = Workshop._publish
     made: list[int] = []
@@ -149,8 +152,11 @@ def test_an_interrupted_search_goes_on(config: ExportConfig, tmp_path: Path, mon
     assert made == [1, 2, 2, 3, 5, 6]
     mine, theirs = ModelManifest.load(resumed), ModelManifest.load(whole)
     assert (mine.stages, mine.variants) == (theirs.stages, theirs.variants)
-    with pytest.raises(SourceError, match="candidates of another search"):
-        optimize(replace(again, version=3, command="something else"), SEARCH, tmp_path / "broken")
+    optimize(replace(again, version=3, command="something else", fast_drop=0.0), SEARCH, tmp_path / "broken")
+    assert made == [1, 2, 2, 3, 5, 6]
+    fewer = replace(again, version=4, search=SearchConfig(num_images=8))
+    with pytest.raises(SourceError, match="candidates of another network, other images or other settings"):
+        optimize(fewer, SEARCH, tmp_path / "broken")
 
 
 def test_what_cannot_be_kept_is_refused_with_what_is_nearest(config: ExportConfig, tmp_path: Path) -> None:
