@@ -255,12 +255,13 @@ def read_sets(config: ExportConfig, network: Loaded, progress: Progress, *, of_a
     }
     if config.bound is None or (network.num_stages == 1 and not of_a_search):
         return Images(fitting, None, test, others)
-    if isinstance(network, Published) and fitting.sha256 in network.fitted_on:
-        return Images(fitting, None, test, others, ALREADY_SEEN)
     bound = replace(config.bound, epsilon=config.exits.max_accuracy_drop)
-    apart = split(len(fitting), bound)
+    seen = isinstance(network, Published) and fitting.sha256 in network.fitted_on
+    apart = None if seen else split(len(fitting), bound)
     if apart is None:
-        return Images(fitting, None, test, others, too_few(len(fitting), bound))
+        why = ALREADY_SEEN if seen else too_few(len(fitting), bound)
+        progress.step(f"{why}; losses are estimates")
+        return Images(fitting, None, test, others, why)
     return Images(_part(fitting, ~apart), _part(fitting, apart), test, others)
 
 

@@ -261,3 +261,15 @@ def test_the_command_searches(config: ExportConfig, tmp_path: Path, monkeypatch:
     wrong = CliRunner().invoke(exporter, [*arguments, "--patch-sizes", "large"])
     assert wrong.exit_code == 1
     assert "patch sizes are pixels" in wrong.output
+
+
+def test_too_few_images_to_prove_anything_are_said_at_once(config: ExportConfig, tmp_path: Path) -> None:
+    """And how many it takes, before anything long begins; what is published then claims no bound."""
+    said = Listener()
+    few = replace(config, bound=BoundConfig(delta=0.05), exits=ExitConfig(max_accuracy_drop=0.02), fast_drop=0.0)
+    with contextlib.suppress(SourceError):  # with random weights there may be nothing so faithful
+        directory = optimize(few, SEARCH, tmp_path / "work", said)
+        assert ModelManifest.load(directory).variants[0].certificate is None
+    (step,) = (step for step in said.steps if "no bound" in step)
+    assert "takes at least 436 images to fit on, and there are 60; losses are estimates" in step
+    assert said.steps.index(step) < min(index for index, each in enumerate(said.steps) if each.startswith("candidate"))
