@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from app.errors import InvalidRequest, ModelNotFound, StartupError
 from app.exits import ExitPolicy
 from app.log import get_logger
 from app.metrics import Metrics
-from app.quality import Ladder
+from app.quality import Ladder, QualityController
 from app.repository.registry import ModelRegistry
 from app.repository.store import ModelStore, StoredModel
 from app.runtime.cpu import num_cpus
 from app.runtime.golden import verify_golden
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.pool import BackendPool
-from app.runtime.selection import VariantChoice, choose_variant
+from app.runtime.selection import VariantChoice, choose_variant, time_stages
 from app.runtime.targets import TargetProfile, resolve_profile
 from app.scheduling.admission import Admission
+from app.scheduling.forecast import Forecast
 from app.scheduling.pipeline import StagedPipeline
 from app.service import InferenceService, LoadedModel
 from app.settings import Settings
+from app.threads import Workers
+from app.types import RunTime
 from models.manifest import PIXELS
 
 log = get_logger(__name__)
 
 MIN_AUTO_IN_FLIGHT = 256  # images
+CALM = 0.25  # of the time to an answer above which quality is bent: below it, it may be raised again
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class _Opened:
 
     stored: StoredModel
     choice: VariantChoice
+    run_times: list[list[RunTime]]  # of each stage
     backends: tuple[OrtBackend, ...]  # one per instance
 
 
@@ -55,7 +60,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
 
     async def load(name: str, version: int | None) -> tuple[int, LoadedModel]:
         opened = await asyncio.to_thread(_open_model, store, name, version, settings, profile)
-        model = _start_model(opened, settings, profile, metrics)
+        model = _start_model(opened, settings, profile, metrics, service.decoders, lambda: service.lag.seconds)
         return model.manifest.version, model
 
     registry = ModelRegistry(load, settings.repository.default_model)
@@ -76,6 +81,8 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
     default = settings.repository.default_model
     if default is not None and default not in names:
         raise ModelNotFound(f"the default model {default!r} is not among those to load: {', '.join(names)}")
+    if unknown := sorted(settings.deadlines.models.keys() - set(names)):
+        raise StartupError(f"FOVEA_DEADLINES__MODELS names {', '.join(unknown)}; there are {', '.join(names)}")
     try:
         for name in names:
             await registry.load(name)
@@ -114,6 +121,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
     chosen = candidates.pop(choice.name)
     for backend in candidates.values():
         backend.close()
+    run_times = time_stages(chosen, manifest.stages, batch_sizes=sorted({1, batch_size}), instances=profile.instances)
     # With one ONNX Runtime thread the calling thread does all the work, so instances can share sessions, and weights
     # lie in memory once. With more, each needs a thread pool of its own.
     shared = profile.intra_op_threads == 1
@@ -131,7 +139,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
         threads_each=profile.intra_op_threads,
         seconds=round(time.perf_counter() - started, 2),
     )
-    return _Opened(stored, choice, (chosen, *others))
+    return _Opened(stored, choice, run_times, (chosen, *others))
 
 
 def _open_backend(stored: StoredModel, variant: str, profile: TargetProfile, batch_size: int) -> OrtBackend:
@@ -155,11 +163,24 @@ def _allowed_variants(stored: StoredModel, wanted: str, profile: TargetProfile) 
     return [wanted]
 
 
-def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, metrics: Metrics) -> LoadedModel:
+def _start_model(
+    opened: _Opened,
+    settings: Settings,
+    profile: TargetProfile,
+    metrics: Metrics,
+    decoders: Workers,
+    lag: Callable[[], float],
+) -> LoadedModel:
     manifest, choice = opened.stored.manifest, opened.choice
     variant = manifest.variant(choice.name)
     ladder = Ladder(variant)
-    default_point = _default_point(ladder, settings.runtime.quality, manifest.name)
+    runtime = settings.runtime
+    default_point = _point(ladder, "QUALITY", runtime.quality, manifest.name)
+    floor = ladder.lowest_certified(default_point)
+    if runtime.min_quality is not None:
+        floor = _point(ladder, "MIN_QUALITY", runtime.min_quality, manifest.name)
+        if floor < default_point:
+            raise StartupError(f"FOVEA_RUNTIME__MIN_QUALITY ({runtime.min_quality}) is above the quality {runtime.quality}")
     pool = BackendPool(opened.backends)
     pipeline = StagedPipeline(
         pool,
@@ -170,7 +191,13 @@ def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, me
         metrics=metrics,
         max_batch_size=settings.batching.max_batch_size,
         max_queue_delay_s=settings.batching.max_queue_delay_s,
+        run_times=opened.run_times,
     )
+    high_s = runtime.bend_above_ms / 1000
+    quality = QualityController(ladder, default=default_point, floor=floor, high_s=high_s, low_s=CALM * high_s)
+    forecast = Forecast(decoders, pipeline, lag)
+    metrics.steps_down.labels(manifest.name).set_function(lambda: quality.steps_down)
+    metrics.expected.labels(manifest.name).set_function(lambda: forecast.needed_s(forecast.predict_s(1, quality.current)))
     pipeline.start()
     labels: Mapping[str, str] = {
         "model": manifest.name,
@@ -187,15 +214,17 @@ def _start_model(opened: _Opened, settings: Settings, profile: TargetProfile, me
         variant_reason=choice.reason,
         ladder=ladder,
         default_point=default_point,
+        quality=quality,
         pipeline=pipeline,
+        forecast=forecast,
         pool=pool,
         metrics=metrics,
     )
 
 
-def _default_point(ladder: Ladder, quality: str, model: str) -> int:
+def _point(ladder: Ladder, setting: str, quality: str, model: str) -> int:
     try:
         return ladder.index(quality)
     except InvalidRequest as error:
         names = ", ".join(rung.name for rung in ladder)
-        raise StartupError(f"FOVEA_RUNTIME__QUALITY is {quality!r}; {model} has {names}") from error
+        raise StartupError(f"FOVEA_RUNTIME__{setting} is {quality!r}; {model} has {names}") from error

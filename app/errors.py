@@ -10,6 +10,7 @@ ServiceError
 ├── ModelNotFound           no such model or version here
 ├── ModelNotReady           known, but not loaded (yet)
 ├── Overloaded              no permit left; try again after `retry_after_s`
+├── QuotaExceeded           this client has sent too much; try again after `retry_after_s`
 ├── DeadlineExceeded        the time budget ended first
 ├── InferenceFailed         the model or the machine; nothing the caller can mend
 ├── ModelInvalid            a published version is damaged or does not compute as exported
@@ -59,6 +60,14 @@ class ModelNotReady(ServiceError):
 
 class Overloaded(ServiceError):
     code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(ServiceError):
+    code = "quota_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)

@@ -95,6 +95,10 @@ class ExitPolicy:
             return stage
         return max(to for to in entries if to >= stage and passed[stage:to].all())
 
+    def nobody_leaves(self, stage: int, point: int = 0) -> bool:
+        """Whether no image is ever sure enough after this stage."""
+        return bool(self._thresholds[stage, point] > 1)
+
     def way(self, entries: Sequence[int], point: int = 0) -> list[int]:
         """The stages that an image goes through that never is sure enough."""
         stages = [self.jump(0, entries, point)]

@@ -85,6 +85,41 @@ class Metrics:
         self.skipped = Counter(
             "fovea_skipped", "Images not computed because their caller had gone.", ["model", "stage"], registry=registry
         )
+        self.expired = Counter(
+            "fovea_expired",
+            "Images not computed because this stage would have ended after their time budget.",
+            ["model", "stage"],
+            registry=registry,
+        )
+        self.wasted = Counter(
+            "fovea_wasted",
+            "Images computed by this stage whose caller left meanwhile.",
+            ["model", "stage"],
+            registry=registry,
+        )
+        self.stage_cost = Gauge(
+            "fovea_stage_cost_seconds",
+            "What an execution of this stage takes, as fitted to the last ones: fixed, and per_image in addition for each.",
+            ["model", "stage", "part"],
+            registry=registry,
+        )
+        self.loop_lag = Gauge(
+            "fovea_event_loop_lag_seconds",
+            "How late the event loop was at worst in the last seconds: a request waits so long unseen.",
+            registry=registry,
+        )
+        self.expected = Gauge(
+            "fovea_expected_seconds",
+            "When an image that came now would have its answer, with what is added for safety.",
+            ["model"],
+            registry=registry,
+        )
+        self.steps_down = Gauge(
+            "fovea_quality_steps_down",
+            "Operating points below the default that requests are taken down to now.",
+            ["model"],
+            registry=registry,
+        )
         self.model = Info(
             "fovea_model", "What is really running.", ["model", "version", "target", "variant"], registry=registry
         )

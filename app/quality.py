@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from app.errors import InvalidRequest
 from models.manifest import BALANCED, FULL, Certificate, VariantSpec
+
+DOWN_EVERY_S = 0.05  # what a step changes is seen after a few batches
+UP_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
     """One operating point."""
 
+    index: int  # from the most faithful
     name: str
     thresholds: tuple[float | None, ...]  # one per exit; None: every image that is still there leaves
     certificate: Certificate | None
@@ -33,9 +38,12 @@ class Ladder:
         early = len(variant.exits) - 1
         balanced = tuple(exit_.threshold for exit_ in variant.exits)
         self._rungs = [
-            Rung(FULL, (float("inf"),) * early + (None,), None, is_full=True),
-            Rung(BALANCED, balanced, variant.certificate, is_full=early == 0),
-            *(Rung(point.name, (*point.thresholds, None), point.certificate, is_full=early == 0) for point in variant.points),
+            Rung(0, FULL, (float("inf"),) * early + (None,), None, is_full=True),
+            Rung(1, BALANCED, balanced, variant.certificate, is_full=early == 0),
+            *(
+                Rung(index, point.name, (*point.thresholds, None), point.certificate, is_full=early == 0)
+                for index, point in enumerate(variant.points, start=2)
+            ),
         ]
         self._index = {rung.name: index for index, rung in enumerate(self._rungs)}
 
@@ -44,6 +52,16 @@ class Ladder:
 
     def __getitem__(self, index: int) -> Rung:
         return self._rungs[index]
+
+    def __len__(self) -> int:
+        return len(self._rungs)
+
+    def lowest_certified(self, start: int) -> int:
+        """The last point from this one on of which, as of all between, it is proved what it costs at most."""
+        last = start
+        while last + 1 < len(self) and self[last + 1].bound:
+            last += 1
+        return last
 
     @property
     def thresholds(self) -> Sequence[Sequence[float | None]]:
@@ -59,3 +77,67 @@ class Ladder:
         if name not in self._index:
             raise InvalidRequest(f"quality is {name!r}; this model has {', '.join(self._index)}")
         return self._index[name]
+
+
+class QualityController:
+    """Which operating point is used now: down the ladder as the wait grows, up again when it has been short for a while.
+
+    Args:
+        ladder: of the model.
+        default: the point of requests that name none.
+        floor: the last one that they are taken down to; the default itself: nothing is bent.
+        high_s: an expected wait above it takes one step down, at most one in `DOWN_EVERY_S`.
+        low_s: a wait that stays below it for `UP_AFTER_S` takes one step up.
+    """
+
+    def __init__(
+        self,
+        ladder: Ladder,
+        *,
+        default: int,
+        floor: int,
+        high_s: float,
+        low_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ladder = ladder
+        self._default = default
+        self._floor = max(default, floor)
+        self._high_s, self._low_s = high_s, low_s
+        self._clock = clock
+        self._current = default
+        self._stepped_at = self._not_low_at = clock()
+
+    @property
+    def current(self) -> int:
+        """The point of a request that names none."""
+        return self._current
+
+    @property
+    def steps_down(self) -> int:
+        """How far below the default that is."""
+        return self._current - self._default
+
+    def observe(self, wait_s: float) -> None:
+        """The wait that a request would have now."""
+        now = self._clock()
+        if wait_s > self._high_s:
+            self._not_low_at = now
+            if self._current < self._floor and now - self._stepped_at >= DOWN_EVERY_S:
+                self._current, self._stepped_at = self._current + 1, now
+        elif wait_s > self._low_s:
+            self._not_low_at = now
+        while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= UP_AFTER_S:
+            self._current -= 1
+            self._stepped_at = max(self._not_low_at, self._stepped_at) + UP_AFTER_S
+
+    def point(self, wanted: int | None, floor: int | None) -> int:
+        """The point for a request.
+
+        Args:
+            wanted: the point that it names; it gets no more than that.
+            floor: the last one that it would take; unset: a point that it names is kept, whatever the load.
+        """
+        start = self._default if wanted is None else wanted
+        last = floor if floor is not None else (self._floor if wanted is None else wanted)
+        return min(max(start, self._current), max(start, last))

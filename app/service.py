@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from app.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    QuotaExceeded,
     RequestError,
     ServiceError,
 )
@@ -24,11 +26,13 @@ from app.imaging.preprocess import Pixels, load_pixels
 from app.log import get_logger
 from app.metrics import PHASES, Metrics
 from app.postprocess import top_k as top_k_labels
-from app.quality import Ladder, Rung
+from app.quality import Ladder, QualityController, Rung
 from app.repository.registry import ModelRegistry
 from app.runtime.pool import BackendPool
 from app.runtime.targets import TargetProfile
-from app.scheduling.admission import Admission, Permit
+from app.scheduling.admission import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Admission, Permit
+from app.scheduling.forecast import Forecast
+from app.scheduling.loop_lag import LoopLag
 from app.scheduling.pipeline import StagedPipeline
 from app.threads import Workers
 from app.types import EncodedImage, PipelineResult, Prediction, Timings
@@ -50,7 +54,9 @@ class LoadedModel:
     variant_reason: str
     ladder: Ladder
     default_point: int  # of the ladder
+    quality: QualityController
     pipeline: StagedPipeline
+    forecast: Forecast
     pool: BackendPool
     metrics: Metrics
 
@@ -74,13 +80,38 @@ class LoadedModel:
         """The metric of each operating point, looked up once."""
         return [self.metrics.answered.labels(self.manifest.name, rung.name) for rung in self.ladder]
 
-    def rung(self, quality: str | None) -> Rung:
-        """The operating point of that name; unset: the default one.
+    def choose(self, quality: str | None = None, min_quality: str | None = None, *, images: int = 1) -> Rung:
+        """The operating point for a request that comes now.
+
+        Args:
+            quality: the point that it names; unset: the default one, or a faster one that the load asks for.
+            min_quality: the last point that it may be taken down to; unset: the model's own floor, and none for one that
+                names its point.
+            images: how many it has.
 
         Raises:
-            InvalidRequest: it has none of that name.
+            InvalidRequest: there is no such point, or the floor is above the point.
         """
-        return self.ladder[self.default_point if quality is None else self.ladder.index(quality)]
+        wanted, floor = (None if name is None else self.ladder.index(name) for name in (quality, min_quality))
+        start = self.default_point if wanted is None else wanted
+        if floor is not None and floor < start:
+            raise InvalidRequest(f"min_quality is {min_quality!r}, which is above the quality {self.ladder[start].name!r}")
+        self.quality.observe(self.forecast.expected_s(images, self.quality.current))
+        return self.ladder[self.quality.point(wanted, floor)]
+
+    def check_in_time(self, predicted_s: float, budget_s: float) -> None:
+        """Whether an answer that is predicted then is early enough; who comes alone is always tried.
+
+        Raises:
+            Overloaded: it would come too late because of those in front.
+        """
+        needed_s = self.forecast.needed_s(predicted_s)
+        if needed_s > budget_s and self.forecast.busy:
+            raise Overloaded(
+                f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
+                "time budget; try again later",
+                retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+            )
 
     @property
     def failed(self) -> bool:
@@ -90,6 +121,17 @@ class LoadedModel:
         """Let work in flight finish, then end the threads."""
         await self.pipeline.close()
         await asyncio.to_thread(self.pool.close)  # waits for a run whose callers have gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """How the images of one request are to be answered; times by `time.perf_counter`."""
+
+    model: LoadedModel
+    top_k: int
+    point: int
+    deadline: float
+    started: float
 
 
 class InferenceService:
@@ -116,8 +158,11 @@ class InferenceService:
         self._metrics = metrics
         self._max_pixels = max_pixels
         self._decode_budget = DecodeBudget(max_decode_bytes)
-        self._decoders = Workers(decode_threads, "decode", max_result_delay_s=MAX_RESULT_DELAY_S)
+        self.decoders = Workers(decode_threads, "decode", max_result_delay_s=MAX_RESULT_DELAY_S)
         self._draining = False
+        self.lag = LoopLag()
+        self.lag.start()
+        metrics.loop_lag.set_function(lambda: self.lag.seconds)
         metrics.ready.set_function(lambda: float(self.ready))  # so that it also tells of a model that failed
 
     @property
@@ -136,7 +181,8 @@ class InferenceService:
         *,
         model: LoadedModel,
         top_k: int = 5,
-        quality: str | None = None,
+        rung: Rung | None = None,
+        deadline: float = math.inf,
         started: float | None = None,
     ) -> list[Prediction | ServiceError]:
         """Classify images; a bad one has its error in its place and costs the others nothing.
@@ -146,24 +192,33 @@ class InferenceService:
             permit: takes one image each, all or none.
             model: from `registry.get`.
             top_k: classes per answer, 1 .. number of classes.
-            quality: name of an operating point of the model; unset: its default.
+            rung: operating point, from `model.choose`; unset: what that gives a request that names none.
+            deadline: by `time.perf_counter`; what cannot be answered by then is refused, or dropped before it is computed.
             started: when the request began, by `time.perf_counter`, for the answer's total; unset: now.
 
         Raises:
-            InvalidRequest: `top_k` is out of range, or there is no such quality.
-            Overloaded: there is no room for so many images.
+            InvalidRequest: `top_k` is out of range.
+            Overloaded: there is no room for so many images, or they could not be answered in time.
         """
         num_classes = len(model.labels)
         if not 1 <= top_k <= num_classes:
             raise InvalidRequest(
                 f"top_k must be between 1 and {num_classes}, the number of classes of {model.manifest.name}; it is {top_k}"
             )
-        point = model.default_point if quality is None else model.ladder.index(quality)
+        point = (model.choose(images=len(images)) if rung is None else rung).index
         permit.take_images(len(images))
-        started = time.perf_counter() if started is None else started
-        if len(images) == 1:
-            return [await self._classify_one(images[0], model, top_k, point, started)]
-        return await asyncio.gather(*(self._classify_one(image, model, top_k, point, started) for image in images))
+        begun = time.perf_counter()
+        started = begun if started is None else started
+        predicted_s = model.forecast.predict_s(len(images), point)
+        model.check_in_time(predicted_s, deadline - begun)
+        terms = _Terms(model, top_k, point, deadline, started)
+        try:
+            if len(images) == 1:
+                return [await self._classify_one(images[0], terms)]
+            return await asyncio.gather(*(self._classify_one(image, terms) for image in images))
+        finally:
+            # Also what took too long teaches: it took at least so long.
+            model.forecast.learn(predicted_s, time.perf_counter() - begun)
 
     async def close(self) -> None:
         """Refuse new requests, let those in flight finish, free everything."""
@@ -171,12 +226,12 @@ class InferenceService:
         self.admission.close()
         await self.admission.wait_idle()
         await self.registry.close()
-        await asyncio.to_thread(self._decoders.close)
+        self.lag.stop()
+        await asyncio.to_thread(self.decoders.close)
 
-    async def _classify_one(
-        self, image: EncodedImage, model: LoadedModel, top_k: int, point: int, started: float
-    ) -> Prediction | ServiceError:
+    async def _classify_one(self, image: EncodedImage, terms: _Terms) -> Prediction | ServiceError:
         begun = decoded_at = time.perf_counter()
+        model, point = terms.model, terms.point
         name = model.manifest.name
         future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
 
@@ -186,34 +241,36 @@ class InferenceService:
             decoded_at = time.perf_counter()
             try:
                 if error is None:
-                    model.pipeline.put(pixels, future, point)
+                    model.pipeline.put(pixels, future, point, terms.deadline)
             except Exception as raised:  # or this image's caller would wait for ever
                 error = raised
             if error is not None and not future.done():
                 future.set_exception(error)
 
         try:
-            load = partial(_load, image, model.manifest.preprocess, self._max_pixels, self._decode_budget)
-            job = self._decoders.submit(load, on_decoded)
+            load = partial(_load, image, model.manifest.preprocess, self._max_pixels, self._decode_budget, terms.deadline)
+            job = self.decoders.submit(load, on_decoded)
             try:
                 result = await future
             except asyncio.CancelledError:
                 job.cancel()
                 raise
-        except (RequestError, InferenceFailed) as error:
+        except (RequestError, InferenceFailed, DeadlineExceeded) as error:
             self._metrics.images.labels(name, outcome_of(error)).inc()
             return error
         except Exception:  # a defect of ours, met by one image: the others of the request have their answers
             log.exception("unexpected error", model=name)
             self._metrics.images.labels(name, "failed").inc()
             return InferenceFailed("the image could not be worked on; the service's log has the cause")
-        timings = Timings(decoded_at - begun, result.queue_s, result.compute_s, time.perf_counter() - started)
+        timings = Timings(decoded_at - begun, result.queue_s, result.compute_s, time.perf_counter() - terms.started)
         model.observe(timings)
         model.answered_at[point].inc()
-        return Prediction(top_k_labels(result.probabilities, model.labels, top_k), result.exit, timings)
+        return Prediction(top_k_labels(result.probabilities, model.labels, terms.top_k), result.exit, timings)
 
 
-def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int, budget: DecodeBudget) -> Pixels:
+def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int, budget: DecodeBudget, deadline: float) -> Pixels:
+    if time.perf_counter() > deadline:
+        raise DeadlineExceeded("the time budget ended before the image could be decoded")
     data = image if isinstance(image, bytes) else image()
     try:
         return load_pixels(data, spec, max_pixels=max_pixels, budget=budget)
@@ -227,7 +284,7 @@ def outcome_of(error: ServiceError | None) -> str:
     match error:
         case None:
             return "ok"
-        case RequestError() | ModelNotFound():
+        case RequestError() | ModelNotFound() | QuotaExceeded():
             return "client_error"
         case Overloaded():
             return "overloaded"

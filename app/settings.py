@@ -62,8 +62,40 @@ class RuntimeSettings(_Section):
     quality: str = Field(
         "balanced", description="Operating point of a request that names none: full, balanced, or one that the model adds."
     )
+    min_quality: str | None = Field(
+        None,
+        description="Last operating point that requests are taken down to under load, unless they name one; "
+        "unset: the last of which it is proved what it costs. The same as runtime.quality: none is.",
+    )
+    bend_above_ms: PositiveFloat = Field(
+        100.0, description="Expected time to an answer above which requests are taken down a point, in milliseconds."
+    )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")
+
+
+class ModelDeadlines(_Section):
+    default_ms: PositiveInt | None = None
+    max_ms: PositiveInt | None = None
+
+
+class DeadlineSettings(_Section):
+    default_ms: PositiveInt | None = Field(
+        None, description="Time budget of a request that names none, in milliseconds; unset: all of http.request_timeout_s."
+    )
+    models: dict[str, ModelDeadlines] = Field(
+        {}, description='Default and largest budget by model, as JSON: {"a": {"default_ms": 200, "max_ms": 1000}}.'
+    )
+
+
+class QuotaSettings(_Section):
+    images_per_s: float = Field(0.0, ge=0, description="Images a second that one client may send on average; 0: no quotas.")
+    burst: PositiveInt = Field(64, description="Images that a client may send at once.")
+    header: str = Field(
+        "X-API-Key",
+        pattern=r"^[A-Za-z0-9-]+$",
+        description="Header that tells clients apart; those without it share one quota. Checking it is a gateway's task.",
+    )
 
 
 class RepositorySettings(_Section):
@@ -98,6 +130,8 @@ class Settings(BaseSettings):
     limits: LimitSettings = LimitSettings()
     batching: BatchingSettings = BatchingSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+    quotas: QuotaSettings = QuotaSettings()
     repository: RepositorySettings = RepositorySettings()
     log: LogSettings = LogSettings()
 
@@ -106,6 +140,16 @@ class Settings(BaseSettings):
         unknown = unknown_variables(os.environ)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: there is no such setting; docs/settings.md lists those there are")
+        return self
+
+    @model_validator(mode="after")
+    def _budgets_are_within_the_longest(self) -> Self:
+        longest = 1000 * self.http.request_timeout_s
+        budgets = {name: (each.default_ms, each.max_ms) for name, each in self.deadlines.models.items()}
+        for name, (default, largest) in {"deadlines": (self.deadlines.default_ms, None), **budgets}.items():
+            most = min(longest, largest or longest)
+            if default is not None and default > most:
+                raise ValueError(f"{name}: a default time budget of {default} ms is above the largest, {most:g} ms")
         return self
 
     @model_validator(mode="after")

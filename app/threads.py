@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from app.log import get_logger
 
 log = get_logger(__name__)
 
+JOB_DECAY = 0.5 ** (1 / 64)  # a job's time counts half after 64 further ones
 MAX_WAITING_RESULTS = 8  # then the loop is woken, however short they have waited: as many as a batch takes by default
 
 P = ParamSpec("P")
@@ -28,11 +30,12 @@ Done = Callable[[Any, BaseException | None], None]  # takes a result, or the err
 class Job:
     """A call that waits for a thread, or is on one."""
 
-    __slots__ = ("_call", "_done")
+    __slots__ = ("_call", "_done", "seconds")
 
     def __init__(self, call: Callable[[], Any], done: Done) -> None:
         self._call: Callable[[], Any] | None = call
         self._done: Done | None = done
+        self.seconds = 0.0  # on its thread; 0 where the call was not made
 
     def cancel(self) -> None:
         """Nobody waits any more: the call is not made if it has not begun, and what it holds is freed now."""
@@ -41,14 +44,19 @@ class Job:
     def do(self) -> tuple[Any, BaseException | None]:
         """On a thread: make the call."""
         call = self._call
+        if call is None:
+            return None, None
+        started = time.perf_counter()
         try:
-            return (call() if call is not None else None), None
+            return call(), None
         except StopIteration as raised:  # a future refuses it
             error = RuntimeError("the function raised StopIteration")
             error.__cause__ = raised
             return None, error
         except BaseException as raised:  # whatever it is, the caller must see it, or it would wait for ever
             return None, raised
+        finally:
+            self.seconds = time.perf_counter() - started
 
     def finish(self, result: Any, error: BaseException | None) -> None:
         """On the loop: hand over what came of it."""
@@ -75,7 +83,9 @@ class Workers:
         self._results: deque[tuple[Job, Any, BaseException | None]] = deque()
         self._max_result_delay_s = max_result_delay_s
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._unfinished = 0  # jobs whose result the loop has not seen; only the loop counts
+        self.num_threads = num_threads
+        self.unfinished = 0  # jobs whose result the loop has not seen; only the loop counts
+        self._job_seconds = self._job_weight = 0.0  # sums in which old jobs count less
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._threads = [
@@ -98,6 +108,11 @@ class Workers:
             job.cancel()
             raise
 
+    @property
+    def mean_job_s(self) -> float:
+        """What a job takes on its thread, lately; 0 before the first."""
+        return self._job_seconds / self._job_weight if self._job_weight else 0.0
+
     def submit(self, call: Callable[[], Any], done: Done) -> Job:
         """Make the call on a thread, then `done` on the loop, unless the job is cancelled; called on the loop.
 
@@ -109,7 +124,7 @@ class Workers:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         job = Job(call, done)
-        self._unfinished += 1
+        self.unfinished += 1
         self._jobs.put(job)
         if self._max_result_delay_s and self._timer is None:
             self._timer = self._loop.call_later(self._max_result_delay_s, self._on_timer)
@@ -142,13 +157,16 @@ class Workers:
     def _on_timer(self) -> None:
         self._timer = None
         self._finish()
-        if self._unfinished and self._loop is not None:
+        if self.unfinished and self._loop is not None:
             self._timer = self._loop.call_later(self._max_result_delay_s, self._on_timer)
 
     def _finish(self) -> None:
         while self._results:
             job, result, error = self._results.popleft()
-            self._unfinished -= 1
+            self.unfinished -= 1
+            if job.seconds:
+                self._job_seconds = JOB_DECAY * self._job_seconds + job.seconds
+                self._job_weight = JOB_DECAY * self._job_weight + 1
             try:
                 job.finish(result, error)
             except Exception:  # a defect of whoever gave the callback; the other results are not to wait for ever

@@ -43,6 +43,14 @@ class PipelineResult:
 
 
 @dataclass(frozen=True, slots=True)
+class RunTime:
+    """One run of a stage: how many images it had, and how long it took."""
+
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LabelScore:
     """One line of an answer."""
 

@@ -14,6 +14,7 @@ from app.http.errors import install_error_handlers, unexpected_problem
 from app.http.middleware import RequestContextMiddleware
 from app.http.routes import classify, health, metrics, models, page
 from app.metrics import Metrics, create_registry
+from app.scheduling.quotas import Quotas
 from app.settings import Settings
 
 DESCRIPTION = """Image classification that spends compute where a picture needs it: the model is cut into stages with an
@@ -36,6 +37,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
+    quotas = settings.quotas
+    app.state.quotas = Quotas(images_per_s=quotas.images_per_s, burst=quotas.burst) if quotas.images_per_s else None
     install_error_handlers(app)
     app.add_middleware(DirectRoutes, handlers=classify.DIRECT)  # inside of what is added after it
     app.add_middleware(RequestContextMiddleware, access_log=settings.log.access, on_unexpected=unexpected_problem)

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from app.errors import InvalidRequest, Overloaded, ServiceError
+from app.errors import InvalidRequest, Overloaded, QuotaExceeded, ServiceError
 from app.http.schemas import Problem
 from app.log import get_logger, request_id
 
@@ -31,6 +31,7 @@ STATUSES: dict[str, tuple[int, str]] = {
     "model_not_found": (404, "There is no such model"),
     "model_not_ready": (503, "The model is not ready"),
     "overloaded": (503, "The service is overloaded"),
+    "quota_exceeded": (429, "The client has sent too many images"),
     "deadline_exceeded": (504, "The time budget ended"),
     "inference_failed": (500, "The model failed"),
     "model_invalid": (500, "The model is damaged"),
@@ -59,8 +60,10 @@ def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None,
 
 
 def service_problem(error: ServiceError) -> Response:
-    """The problem of a ServiceError; Overloaded carries its measured Retry-After, in whole seconds."""
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s))} if isinstance(error, Overloaded) else None
+    """The problem of a ServiceError; who may come again is told when, in whole seconds."""
+    headers = None
+    if isinstance(error, Overloaded | QuotaExceeded):
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
     return problem(error.code, str(error), headers=headers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import re
 import time
@@ -20,6 +21,8 @@ ACCEPTED = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # taken over as it is; anythi
 # After an answer that came before the body's end: how much more of the body is taken, so that the client reads the answer and
 # is not reset while it sends. About what the socket buffers of both sides hold (Linux' tcp_wmem and tcp_rmem: 4 and 6 MiB).
 MAX_LINGER_BYTES, LINGER_S = 10 * 2**20, 1.0
+# So much of a body that nobody wants is cheaper to take than a new connection: the server drops it as it comes.
+MAX_DROPPED_BYTES = 2**20
 
 
 class RequestContextMiddleware:
@@ -59,7 +62,7 @@ class RequestContextMiddleware:
                 status = message["status"]
                 headers = message.setdefault("headers", [])
                 headers.append((HEADER, identifier.encode()))
-                unread = not body_ended and _announces_body(scope)
+                unread = not body_ended and _body_bytes(scope) > MAX_DROPPED_BYTES
                 if unread or scope["app"].state.draining:
                     # In a drain the client finishes here and finds another instance; nothing it sends later is reset.
                     headers.append((b"connection", b"close"))
@@ -88,10 +91,14 @@ class RequestContextMiddleware:
             request_id.reset(token)
 
 
-def _announces_body(scope: Scope) -> bool:
-    return any(
-        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")) for name, value in scope["headers"]
-    )
+def _body_bytes(scope: Scope) -> float:
+    """As announced; without end where nothing says."""
+    for name, value in scope["headers"]:
+        if name == b"transfer-encoding":
+            return math.inf
+        if name == b"content-length":
+            return int(value)  # the server has checked it
+    return 0
 
 
 async def _linger(receive: Receive) -> None:

@@ -26,6 +26,14 @@ class ClassifyFields(BaseModel):
     quality: str | None = Field(
         None, description="Operating point: full, balanced, or one that the model adds; unset: its default."
     )
+    min_quality: str | None = Field(
+        None,
+        description="Last operating point that may be used instead when there is much to do; unset: the quality itself, or "
+        "where none is named, the model's own floor.",
+    )
+    timeout_ms: int | None = Field(
+        None, ge=1, description="Time budget, upload included, in milliseconds; unset: the model's own."
+    )
 
 
 class ClassifyJson(ClassifyFields):
@@ -97,6 +105,13 @@ class QualityBody(BaseModel):
     certificate: dict[str, Any] | None = Field(description="The bound in figures, and how it is known; null: not proved.")
 
 
+class StageCostBody(BaseModel):
+    """What a run of a stage takes lately: a fixed time, and one for each image."""
+
+    fixed_ms: float
+    per_image_ms: float
+
+
 class ModelBody(BaseModel):
     """A loaded version."""
 
@@ -113,6 +128,7 @@ class ModelBody(BaseModel):
     classes: int
     labels: list[str]
     gmacs_by_stage: list[float] = Field(description="10^9 multiply-adds per image, of each stage alone.")
+    stage_costs: list[StageCostBody] = Field(description="What a run of each stage takes, as fitted to the last ones.")
     exits: list[dict[str, Any]] = Field(description="Score, temperature and threshold of each exit.")
     qualities: list[QualityBody] = Field(description="Operating points that a request may ask for, most faithful first.")
     provenance: dict[str, str]

@@ -122,7 +122,7 @@ def _from_json(body: bytes, max_images: int) -> Upload:
         parsed = ClassifyJson.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
-    fields = ClassifyFields(model=parsed.model, version=parsed.version, top_k=parsed.top_k, quality=parsed.quality)
+    fields = ClassifyFields.model_validate(parsed.model_dump(exclude={"images"}))
     return Upload([partial(_from_base64, text) for text in parsed.images], fields, several=len(parsed.images) > 1)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.runtime.backend import Backend
-from app.types import Array
+from app.types import Array, RunTime
 from models.manifest import StageSpec
 
 MIN_ROUNDS = 3
@@ -66,6 +66,43 @@ def choose_variant(
     conditions = f"batch {batch_size}, {instances} instances, no exits"
     reason = f"{best} is the fastest here: {rates[best]:.0f} images/s = {others}; {conditions}"
     return VariantChoice(best, reason, rates)
+
+
+def time_stages(
+    backend: Backend,
+    stages: Sequence[StageSpec],
+    *,
+    batch_sizes: Sequence[int],
+    instances: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[RunTime]]:
+    """What a run of each stage takes at each batch size with all instances busy: medians of a few rounds.
+
+    Args:
+        backend: warmed up at these sizes.
+        batch_sizes: in images.
+        instances: threads that run at once.
+    """
+    found = []
+    started = clock()
+    with ThreadPoolExecutor(instances) as threads:
+        for index, stage in enumerate(stages):
+            times = []
+            for size in batch_sizes:
+                inputs = {t.name: _noise(t.shape, t.dtype, size) for t in stage.inputs}
+                seconds: list[float] = []
+                while not seconds or (len(seconds) < MIN_ROUNDS and clock() - started < TIME_BUDGET_S):
+                    jobs = [threads.submit(_timed, backend, index, inputs, clock) for _ in range(instances)]
+                    seconds += [job.result() for job in jobs]
+                times.append(RunTime(size, statistics.median(seconds)))
+            found.append(times)
+    return found
+
+
+def _timed(backend: Backend, stage: int, inputs: Mapping[str, Array], clock: Callable[[], float]) -> float:
+    started = clock()
+    backend.run(stage, inputs)
+    return clock() - started
 
 
 def _run_all(backend: Backend, inputs: Sequence[Mapping[str, Array]]) -> None:

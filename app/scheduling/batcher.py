@@ -9,10 +9,12 @@ from collections.abc import Awaitable, Callable
 
 from prometheus_client import Counter, Gauge
 
+from app.errors import DeadlineExceeded
 from app.scheduling.work import WorkItem
 from app.types import StageExecutor, StageRun
 
 Execute = Callable[[StageRun, list[WorkItem]], Awaitable[None]]
+Least = Callable[[WorkItem, int], float]
 
 
 class DynamicBatcher:
@@ -25,6 +27,8 @@ class DynamicBatcher:
         max_queue_delay_s: longest wait for a fuller batch after the first item was queued; 0 does not wait.
         queue_size: gauge of the items that wait.
         skipped: counter of items whose caller had gone.
+        expired: counter of items that could not be done in time.
+        least_s: seconds that an item needs at least from here on, in a batch of so many; None: nothing is known.
     """
 
     def __init__(
@@ -36,16 +40,24 @@ class DynamicBatcher:
         max_queue_delay_s: float,
         queue_size: Gauge,
         skipped: Counter,
+        expired: Counter,
+        least_s: Least | None = None,
     ) -> None:
         self._executor = executor
         self._execute = execute
         self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
         self._skipped = skipped
+        self._expired = expired
+        self._least_s = least_s
         self._items: deque[WorkItem] = deque()
         queue_size.set_function(self._items.__len__)  # looked up when somebody asks, not set for every item
         self._not_empty = asyncio.Event()
         self._full = asyncio.Event()  # enough for a whole batch
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return len(self._items)
 
     def put(self, item: WorkItem) -> None:
         """Queue an item. Never blocks: admission bounds the queue."""
@@ -75,10 +87,14 @@ class DynamicBatcher:
 
     def _take(self) -> list[WorkItem]:
         batch: list[WorkItem] = []
+        now, size = time.perf_counter(), min(len(self._items), self._max_batch_size)
         while self._items and len(batch) < self._max_batch_size:
             item = self._items.popleft()
             if item.abandoned:
                 self._skipped.inc()
+            elif now + (self._least_s(item, size) if self._least_s is not None else 0.0) > item.deadline:
+                self._expired.inc()
+                item.fail(DeadlineExceeded("the image could not be computed within its time budget, so it was not begun"))
             else:
                 batch.append(item)
         self._update()

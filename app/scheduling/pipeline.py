@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -13,8 +15,9 @@ from app.exits import ExitPolicy, with_answers
 from app.log import get_logger
 from app.metrics import Metrics
 from app.scheduling.batcher import DynamicBatcher
+from app.scheduling.costs import StageCosts, Way
 from app.scheduling.work import WorkItem
-from app.types import Array, ExitInfo, FloatArray, PipelineResult, StageExecutor, StageOutput, StageRun
+from app.types import Array, ExitInfo, FloatArray, PipelineResult, RunTime, StageExecutor, StageOutput, StageRun
 
 log = get_logger(__name__)
 
@@ -29,6 +32,7 @@ class StagedPipeline:
         entries: stages that take that input: the first, and in a cascade the first of each further network. An image passes
             over networks in which its operating point lets nobody leave.
         model: the metrics' label.
+        run_times: of each stage, as measured at load.
     """
 
     def __init__(
@@ -42,14 +46,21 @@ class StagedPipeline:
         metrics: Metrics,
         max_batch_size: int,
         max_queue_delay_s: float,
+        run_times: Sequence[Sequence[RunTime]] | None = None,
     ) -> None:
         self._input_name = input_name
+        self._instances = executor.num_instances
+        self.costs = StageCosts(run_times or [()] * policy.num_stages, max_batch_size=max_batch_size)
+        self._running = [0] * policy.num_stages  # images
         self._jumps = [
             [policy.jump(stage, entries, point) for stage in range(policy.num_stages)] for point in range(policy.num_points)
         ]
+        self._ways = [_way(policy, point, jumps) for point, jumps in enumerate(self._jumps)]
+        self._needed = [[_needed(way, stage) for stage in range(policy.num_stages)] for way in self._ways]
         self._model = model
         self._stages = [
-            _Stage(index, policy, model=model, metrics=metrics, forward=self._forward) for index in range(policy.num_stages)
+            _Stage(index, policy, self.costs, self._running, model=model, metrics=metrics, forward=self._forward)
+            for index in range(policy.num_stages)
         ]
         self._batchers = [
             DynamicBatcher(
@@ -59,10 +70,15 @@ class StagedPipeline:
                 max_queue_delay_s=max_queue_delay_s,
                 queue_size=metrics.queue_size.labels(model, str(stage.index)),
                 skipped=metrics.skipped.labels(model, str(stage.index)),
+                expired=metrics.expired.labels(model, str(stage.index)),
+                least_s=partial(self._least_s, stage.index),
             )
             for stage in self._stages
         ]
-        self._loops_per_stage = executor.num_instances  # so that every instance can work on any stage
+        for stage, curve in enumerate(self.costs.curves):
+            for part in ("fixed_s", "per_image_s"):
+                gauge = metrics.stage_cost.labels(model, str(stage), part.removesuffix("_s"))
+                gauge.set_function(partial(getattr, curve, part))
         self._loops: list[asyncio.Task[None]] = []
         self._pending: dict[asyncio.Future[PipelineResult], WorkItem] = {}
         self._closing = False
@@ -71,20 +87,43 @@ class StagedPipeline:
     def start(self) -> None:
         """Start the batch loops on the running event loop."""
         for index, batcher in enumerate(self._batchers):
-            for _ in range(self._loops_per_stage):
+            for _ in range(self._instances):  # so that every instance can work on any stage
                 loop = asyncio.create_task(batcher.run(), name=f"{self._model} stage {index}")
                 loop.add_done_callback(self._on_loop_end)
                 self._loops.append(loop)
 
-    def put(self, pixels: Array, future: asyncio.Future[PipelineResult], point: int = 0) -> None:
+    @property
+    def num_images(self) -> int:
+        """Images that wait for a stage, or are in one."""
+        return len(self._pending)
+
+    def outlook(self, more: int, point: int = 0) -> tuple[float, float]:
+        """What lies before the last of so many new images, and what its own way through the stages takes, in seconds.
+
+        All are taken to be at this operating point. The last one is in a batch with as many of the others as fit; what does not
+        is before it, shared by all instances, with what the later stages have to do and half of what is running.
+        """
+        way, instances = self._ways[point], self._instances
+        costs = self.costs.remaining_s(way)
+        waiting = [len(batcher) for batcher in self._batchers]
+        waiting[way.first] += more
+        batch = min(waiting[way.first], self.costs.max_batch_size)
+        waiting[way.first] -= batch
+        before = (count + 0.5 * running for count, running in zip(waiting, self._running, strict=True))
+        before_s = sum(count * cost for count, cost in zip(before, costs, strict=True)) / instances
+        return before_s, self.costs.path_s(way, batch)
+
+    def put(self, pixels: Array, future: asyncio.Future[PipelineResult], point: int = 0, deadline: float = math.inf) -> None:
         """Take one image through the stages it needs; cancelling the future abandons it.
 
         Args:
             pixels: what stage 0 takes, without the batch axis.
-            future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline cannot run any more.
+            future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline cannot run any more;
+                or DeadlineExceeded.
             point: operating point by which it may leave; images of all points share their batches.
+            deadline: by `time.perf_counter`; a stage that would end after it is not begun.
         """
-        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter(), point=point)
+        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter(), deadline=deadline, point=point)
         if self.failed or self._closing:
             item.fail(InferenceFailed("the model does not run any more"))
             return
@@ -111,6 +150,9 @@ class StagedPipeline:
             loop.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
 
+    def _least_s(self, stage: int, item: WorkItem, images: int) -> float:
+        return sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
+
     def _forget(self, future: asyncio.Future[PipelineResult]) -> None:
         del self._pending[future]
 
@@ -132,19 +174,31 @@ class _Stage:
     """What to do with one batch at one stage."""
 
     def __init__(
-        self, index: int, policy: ExitPolicy, *, model: str, metrics: Metrics, forward: Callable[[WorkItem, int], None]
+        self,
+        index: int,
+        policy: ExitPolicy,
+        costs: StageCosts,
+        running: list[int],
+        *,
+        model: str,
+        metrics: Metrics,
+        forward: Callable[[WorkItem, int], None],
     ) -> None:
         self.index = index
         self._policy = policy
+        self._costs = costs
+        self._running = running
         self._forward = forward
         self._batch_size = metrics.batch_size.labels(model, str(index))
         self._duration = metrics.stage_duration.labels(model, str(index))
         self._failures = metrics.stage_failures.labels(model, str(index))
         self._exits = metrics.exits.labels(model, str(index))
+        self._wasted = metrics.wasted.labels(model, str(index))
 
     async def execute(self, run_stage: StageRun, batch: list[WorkItem]) -> None:
         """Run a batch; every item of it leaves, goes on or fails (docs/adr/0007: no second try)."""
         started = time.perf_counter()
+        self._running[self.index] += len(batch)
         try:
             self._batch_size.observe(len(batch))
             output = await run_stage(self.index, _stack(batch))
@@ -153,7 +207,8 @@ class _Stage:
             for item in batch:
                 item.queue_s.append(started - item.queued_at)
                 item.compute_s.append(seconds)
-            self._route(batch, output)
+            going_on = self._route(batch, output)
+            self._costs.observe(self.index, len(batch), seconds, going_on)
         except Exception as error:
             self._failures.inc()
             log.exception("stage run failed", stage=self.index, batch=len(batch))
@@ -161,8 +216,11 @@ class _Stage:
                 failure = InferenceFailed(f"the model failed at stage {self.index}; the image may be sent again")
                 failure.__cause__ = error
                 item.fail(failure)
+        finally:
+            self._running[self.index] -= len(batch)
 
-    def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> None:
+    def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> int:
+        """How many go on."""
         if len(output.logits) != len(batch):
             raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
         history = None
@@ -171,9 +229,11 @@ class _Stage:
         with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
             leave, confidence = self._policy.decide(self.index, output.logits, [item.point for item in batch], history)
             probabilities = self._policy.probabilities(self.index, output.logits)
+        going_on = 0
         finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
         for row, item in enumerate(batch):
             if item.abandoned:
+                self._wasted.inc()
                 continue
             if not finite[row]:
                 item.fail(InferenceFailed(f"the model gave no finite answer at stage {self.index}"))
@@ -185,10 +245,29 @@ class _Stage:
                     item.history = int(history[row, 0]), int(history[row, 1])
                 item.inputs = {name: value[row] for name, value in output.state.items()}
                 self._forward(item, self.index + 1)
+                going_on += 1
+        return going_on
 
     def _result(self, item: WorkItem, probabilities: FloatArray, confidence: float) -> PipelineResult:
         exit_ = ExitInfo(stage=self.index, num_stages=self._policy.num_stages, confidence=confidence)
         return PipelineResult(probabilities, exit_, tuple(item.queue_s), tuple(item.compute_s))
+
+
+def _way(policy: ExitPolicy, point: int, jumps: Sequence[int]) -> Way:
+    stages = range(policy.num_stages)
+    return Way(
+        first=jumps[0],
+        after=tuple(jumps[stage + 1] if stage + 1 < policy.num_stages else None for stage in stages),
+        nobody_leaves=tuple(policy.nobody_leaves(stage, point) for stage in stages),
+    )
+
+
+def _needed(way: Way, stage: int) -> list[int]:
+    """The stages that an image goes through from this one on before any exit may let it leave."""
+    stages = [stage]
+    while way.nobody_leaves[stages[-1]] and (after := way.after[stages[-1]]) is not None:
+        stages.append(after)
+    return stages
 
 
 def _stack(batch: Sequence[WorkItem]) -> dict[str, Array]:

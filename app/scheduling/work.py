@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class WorkItem:
     inputs: Mapping[str, Array]  # of one image: no batch axis; replaced by the state after each stage
     future: asyncio.Future[PipelineResult]
     queued_at: float  # reset at each stage
+    deadline: float = math.inf  # by the same clock: what cannot be computed by then is not begun
     point: int = 0  # operating point of its model, by which it may leave
     history: tuple[int, int] = (-1, 0)  # what the exits so far said, as `app.exits.History`, where that counts
     queue_s: list[float] = field(default_factory=list)
@@ -26,7 +28,7 @@ class WorkItem:
 
     @property
     def abandoned(self) -> bool:
-        """Nobody waits for it any more: its caller left, its deadline passed, or it was failed."""
+        """Nobody waits for it any more: its caller left, or it was failed."""
         return self.future.done()
 
     def fail(self, error: Exception) -> None:

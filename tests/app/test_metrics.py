@@ -20,6 +20,7 @@ BOUNDED = {
     "outcome",
     "phase",
     "stage",
+    "part",
     "quality",
 }  # by the repository or by a tuple of ours
 

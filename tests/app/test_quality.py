@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from app.errors import InvalidRequest
 from app.exits import ExitPolicy
-from app.quality import Ladder
+from app.quality import DOWN_EVERY_S, UP_AFTER_S, Ladder, QualityController
 from models.manifest import Certificate, ExitSpec, HardwareTarget, OperatingPoint, VariantSpec
+from tests.fakes import Clock
 
 CERTIFICATE = Certificate(
     risk="accuracy",
@@ -84,3 +85,86 @@ def test_a_ladder_that_makes_no_sense_is_no_manifest(points: tuple[OperatingPoin
     """Two points of a name, or thresholds that do not fit the exits."""
     with pytest.raises(ValidationError, match=word):
         variant(*points)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def controller(clock: Clock, *, default: int = 0, floor: int = 2) -> QualityController:
+    return QualityController(Ladder(variant(FAST)), default=default, floor=floor, high_s=0.1, low_s=0.025, clock=clock)
+
+
+def test_the_ladder_is_only_gone_down_as_far_as_it_is_proved() -> None:
+    """`balanced` has no certificate here, so `fast` behind it is not reached by itself."""
+    ladder = Ladder(variant(FAST))
+    assert [ladder.lowest_certified(start) for start in range(3)] == [0, 2, 2]
+
+
+def test_quality_goes_down_step_by_step_and_not_below_the_floor(clock: Clock) -> None:
+    """A step at a time, because what it changes is only seen after a while."""
+    quality = controller(clock, floor=2)
+    seen = []
+    for _ in range(5):
+        quality.observe(0.2)
+        quality.observe(0.2)  # too early for another step
+        seen.append(quality.current)
+        clock.advance(2 * DOWN_EVERY_S)
+    assert seen == [0, 1, 2, 2, 2]
+    assert quality.steps_down == 2
+    never = controller(clock, default=1, floor=1)
+    clock.advance(1)
+    never.observe(9.0)
+    assert (never.current, never.steps_down) == (1, 0)
+
+
+def test_quality_comes_back_when_it_has_been_calm_for_a_while(clock: Clock) -> None:
+    """A wait in between holds it where it is; after a quiet hour it is all back at the first request."""
+    quality = controller(clock)
+    for _ in range(2):
+        clock.advance(2 * DOWN_EVERY_S)
+        quality.observe(0.2)
+    assert quality.current == 2
+    for _ in range(10):
+        clock.advance(UP_AFTER_S / 2)
+        quality.observe(0.05)  # neither long nor short
+    assert quality.current == 2
+    found = []
+    for _ in range(5):
+        clock.advance(UP_AFTER_S / 2)
+        quality.observe(0.01)
+        found.append(quality.current)
+    assert found == [2, 1, 1, 0, 0]
+    for _ in range(2):
+        quality.observe(0.2)
+        clock.advance(2 * DOWN_EVERY_S)
+    clock.advance(3600)
+    quality.observe(0.0)
+    assert quality.current == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "floor", "calm", "pressed"),
+    [
+        (None, None, 0, 2),
+        (0, None, 0, 0),  # who names a point keeps it
+        (2, None, 2, 2),
+        (None, 1, 0, 1),
+        (0, 2, 0, 2),
+        (1, 1, 1, 1),
+    ],
+)
+def test_each_request_has_its_own_floor(clock: Clock, wanted: int | None, floor: int | None, calm: int, pressed: int) -> None:
+    """And nobody gets less than the model's own."""
+    quality = controller(clock)
+    assert quality.point(wanted, floor) == calm
+    for _ in range(2):
+        clock.advance(2 * DOWN_EVERY_S)
+        quality.observe(0.2)
+    assert quality.point(wanted, floor) == pressed
+    above = controller(clock, floor=1)
+    for _ in range(2):
+        clock.advance(2 * DOWN_EVERY_S)
+        above.observe(0.2)
+    assert above.point(None, 2) == 1

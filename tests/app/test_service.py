@@ -11,7 +11,7 @@ import pytest
 
 from app import errors
 from app.assembly import open_service
-from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, ServiceError, UnsupportedImage
+from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ServiceError, UnsupportedImage
 from app.metrics import OUTCOMES, Metrics
 from app.service import InferenceService, outcome_of
 from app.types import Prediction
@@ -158,6 +158,7 @@ def test_every_error_has_an_outcome() -> None:
         "model_not_found": "client_error",
         "model_not_ready": "failed",
         "overloaded": "overloaded",
+        "quota_exceeded": "client_error",
         "deadline_exceeded": "timeout",
         "inference_failed": "failed",
         "model_invalid": "failed",
@@ -166,7 +167,8 @@ def test_every_error_has_an_outcome() -> None:
     classes = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ServiceError)}
     found = {}
     for cls in classes - {ServiceError, errors.RequestError}:
-        error = Overloaded("full", retry_after_s=1) if cls is Overloaded else cls("a sentence")
+        timed = cls in (Overloaded, QuotaExceeded)
+        error = cls("a sentence", retry_after_s=1) if timed else cls("a sentence")
         found[cls.code] = outcome_of(error)
     assert expected == found
     assert set(expected.values()) | {"ok"} == set(OUTCOMES)

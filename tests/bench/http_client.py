@@ -28,6 +28,7 @@ class Outcome(StrEnum):
     SERVER_ERROR = "server_error"  # any other status
     TIMEOUT = "timeout"  # no full answer, or no connection, in time
     RESET = "reset"  # connected and sent, but the connection ended before the full answer
+    GIVEN_UP = "given_up"  # by us, before an answer came: the connection was closed
     REFUSED = "refused"  # no connection was accepted: nothing was sent
 
 
@@ -133,8 +134,11 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[Answer] | None = None
         self._transport: asyncio.Transport
 
-    async def request(self, payload: bytes, *, timeout_s: float) -> Answer:
+    async def request(self, payload: bytes, *, timeout_s: float, give_up: bool = False) -> Answer:
         """Send one pre-serialised request and wait for its end, whatever that is.
+
+        Args:
+            give_up: the end of the time is this caller's wish, and no fault of the server.
 
         Raises:
             UnsupportedAnswer: this client cannot read the answer.
@@ -142,7 +146,8 @@ class Connection(asyncio.Protocol):
         if not self.usable or self._waiter is not None:
             raise RuntimeError("the connection is closed or has a request in flight")
         self._waiter = self._loop.create_future()
-        timer = self._loop.call_later(timeout_s, self._abort, Outcome.TIMEOUT)
+        outcome = Outcome.GIVEN_UP if give_up else Outcome.TIMEOUT
+        timer = self._loop.call_later(timeout_s, self._abort, outcome)
         self._transport.write(payload)
         try:
             return await self._waiter

@@ -111,6 +111,8 @@ async def open_loop(
     max_connections: int = 1024,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     content_type: str | None = None,
+    give_up: float = 0.0,
+    give_up_within_s: float = 1.0,
 ) -> LoadResult:
     """POST the bodies at Poisson arrivals, whatever the server does; latency counts from when a request was due.
 
@@ -120,12 +122,14 @@ async def open_loop(
         rate: mean arrivals per second; `seed` decides when exactly.
         seconds: length of the measured window, after `ramp_s` of the same load.
         keep_bodies, timeout_s, content_type: as in `closed_loop`; the timeout runs from when the request was sent.
+        give_up: share of the callers who leave after a time drawn evenly from 0 to `give_up_within_s`, if there is no answer.
     """
     host, port = address(url)
     payloads = [build_request(url, body, content_type) for body in bodies]
     idle: list[Connection] = []
     permits = asyncio.Semaphore(max_connections)
     recorder = Recorder(time.monotonic(), keep_bodies)
+    patience = np.random.default_rng(seed + 1)
 
     async def one(image: int, due_at: float) -> None:
         async with permits:
@@ -141,7 +145,9 @@ async def open_loop(
                 connection = opened
                 recorder.num_connections += 1
             sent_at = time.monotonic()
-            answer = await connection.request(payloads[image], timeout_s=timeout_s)
+            leaves = give_up > 0 and patience.random() < give_up
+            wait_s = give_up_within_s * patience.random() if leaves else timeout_s
+            answer = await connection.request(payloads[image], timeout_s=wait_s, give_up=leaves)
             recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
             if connection.usable:
                 idle.append(connection)
@@ -212,6 +218,8 @@ def main() -> None:
     parser.add_argument("--ramp", type=float, default=0.0, help="seconds of load before the measured window")
     parser.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT_S, help="longest wait for an answer, in seconds")
     parser.add_argument("--seed", type=int, default=0, help="open loop: when the requests arrive")
+    parser.add_argument("--give-up", type=float, default=0.0, help="open loop: share of the callers who leave early")
+    parser.add_argument("--give-up-within", type=float, default=1.0, help="after at most so many seconds")
     parser.add_argument("--json", action="store_true", help="everything, as one line of JSON")
     args = parser.parse_args()
 
@@ -221,7 +229,15 @@ def main() -> None:
     if args.rate is not None:
         result = run_on_fast_loop(
             lambda: open_loop(
-                args.url, bodies, rate=args.rate, seconds=args.seconds, seed=args.seed, ramp_s=args.ramp, timeout_s=args.timeout
+                args.url,
+                bodies,
+                rate=args.rate,
+                seconds=args.seconds,
+                seed=args.seed,
+                ramp_s=args.ramp,
+                timeout_s=args.timeout,
+                give_up=args.give_up,
+                give_up_within_s=args.give_up_within,
             )
         )
     else:

@@ -99,6 +99,7 @@ class LoadResult:
             "cpu_s": self.cpu_s,
             "num_connections": self.num_connections,
             "latencies_s": self.latencies.round(6).tolist(),
+            "ok_due_s": self.due_s[self._due & self._ok].round(4).tolist(),  # of each latency
             "lags_s": self.lags.round(6).tolist(),
         }
 

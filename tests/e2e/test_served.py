@@ -236,3 +236,14 @@ def test_every_line_of_the_log_is_json_with_the_id_of_its_request(server: Server
     (mine,) = [line for line in parsed if line.get("request_id") == "find-me"]
     assert (mine["event"], mine["path"], mine["status"]) == ("request", CLASSIFY, 200)
     assert not [line for line in parsed if line["level"] == "error"]
+
+
+def test_a_small_body_that_nobody_wants_leaves_the_connection_as_it_is(connection: socket.socket) -> None:
+    """It is dropped as it comes, and the next request on the connection is answered."""
+    for _ in range(20):
+        connection.sendall(post(JPEG).replace(CLASSIFY.encode(), CLASSIFY.encode() + b"?model=nobody", 1))
+        response = read_answer(connection)
+        assert (response.status, problem_code(response)) == (404, "model_not_found")
+        assert response.headers["connection"] is None
+        response.read()
+    assert_answers(connection)

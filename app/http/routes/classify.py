@@ -37,18 +37,21 @@ class _DirectRoute(APIRoute):
 async def _handle(request: Request) -> Response:
     """Gives the endpoint its time budget and its parameters, and counts how it ended, whatever was wrong."""
     metrics: Metrics = request.app.state.metrics
-    budget: float = request.app.state.settings.http.request_timeout_s
+    longest_s: float = request.app.state.settings.http.request_timeout_s
     request.state.started = started = time.perf_counter()
+    request.state.budget = budget = _Budget(longest_s, started)
     request.state.model_label = UNKNOWN_MODEL
     outcome = "failed"
     try:
-        async with asyncio.timeout(budget):
+        async with asyncio.timeout(longest_s) as budget.timer:
             response = await classify(request, *_query(request))
         outcome = "ok"
         return response
     except TimeoutError as error:
         outcome = "timeout"
-        raise DeadlineExceeded(f"the request took longer than its time budget of {budget:g} s; try again later") from error
+        raise DeadlineExceeded(
+            f"the request took longer than its time budget of {budget.seconds:g} s; try again later"
+        ) from error
     except ServiceError as error:
         outcome = outcome_of(error)
         raise
@@ -58,23 +61,58 @@ async def _handle(request: Request) -> Response:
         metrics.request_duration.labels(label).observe(time.perf_counter() - started)
 
 
+class _Budget:
+    """The time of one request: at first the longest there is, until its model and what it asks for are known."""
+
+    def __init__(self, longest_s: float, started: float) -> None:
+        self.seconds = longest_s
+        self.timer: asyncio.Timeout | None = None
+        self._started = started
+
+    @property
+    def deadline(self) -> float:
+        """By `time.perf_counter`."""
+        return self._started + self.seconds
+
+    def shorten(self, seconds: float) -> None:
+        """Where it is less."""
+        if seconds < self.seconds and self.timer is not None:
+            self.seconds = seconds
+            left_s = self.deadline - time.perf_counter()
+            self.timer.reschedule(asyncio.get_running_loop().time() + left_s)
+
+
+def _budget_s(settings: Settings, model: str, timeout_ms: int | None) -> float:
+    longest_s = settings.http.request_timeout_s
+    ours = settings.deadlines.models.get(model)
+    if ours is not None and ours.max_ms is not None:
+        longest_s = min(longest_s, ours.max_ms / 1000)
+    if timeout_ms is not None:
+        if timeout_ms > 1000 * longest_s:
+            raise InvalidRequest(f"timeout_ms is {timeout_ms}; {model} takes at most {1000 * longest_s:g}")
+        return timeout_ms / 1000
+    default_ms = ours.default_ms if ours is not None and ours.default_ms is not None else settings.deadlines.default_ms
+    return longest_s if default_ms is None else min(longest_s, default_ms / 1000)
+
+
 DIRECT = {("POST", "/v1/classify"): _handle}
 
 
-def _query(request: Request) -> tuple[str | None, int | None, int | None, str | None]:
+def _query(request: Request) -> tuple[str | None, int | None, int | None, str | None, str | None, int | None]:
     if not request.scope["query_string"]:
-        return None, None, None, None
+        return None, None, None, None, None, None
     try:
         fields = ClassifyFields.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
-    return fields.model, fields.version, fields.top_k, fields.quality
+    return fields.model, fields.version, fields.top_k, fields.quality, fields.min_quality, fields.timeout_ms
 
 
 router = APIRouter(tags=["classify"], route_class=_DirectRoute)
 
 DEFAULT_TOP_K = 5
 UNKNOWN_MODEL = "unknown"  # the metrics' label of a request that named no model of ours: never the client's own words
+TIMEOUT_HEADER = "x-request-timeout-ms"
 WATCH_AFTER_S = 0.1  # of work before anyone looks whether the client is still there
 T = TypeVar("T")
 
@@ -102,6 +140,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
             404: "No such model or version.",
             413: "Too many bytes, images or pixels.",
             415: "Not one of the accepted image formats.",
+            429: "The client is over its quota; `Retry-After` says when to try again.",
             422: "A parameter, the body's form, or a broken image.",
             500: "The model failed.",
             503: "Overloaded; `Retry-After` says when to try again.",
@@ -126,6 +165,13 @@ async def classify(
     quality: Annotated[
         str | None, Query(description="Operating point: full, balanced, or one that the model adds; unset: its default.")
     ] = None,
+    min_quality: Annotated[
+        str | None, Query(description="Last operating point that may be used instead when there is much to do.")
+    ] = None,
+    timeout_ms: Annotated[
+        int | None,
+        Query(ge=1, description="Time budget in milliseconds, upload included; also as the header X-Request-Timeout-Ms."),
+    ] = None,
 ) -> Response:
     """Send the image as the body (`curl --data-binary @photo.jpg`), one or several as multipart files, or JSON with base64.
 
@@ -135,20 +181,42 @@ async def classify(
     state = request.app.state
     service: InferenceService = state.service
     settings: Settings = state.settings
+    budget: _Budget = request.state.budget
+    asked_ms = _either("timeout_ms", timeout_ms, _from_header(request), "header")
+    if asked_ms is not None:
+        budget.shorten(asked_ms / 1000)  # the upload is part of it
     with service.admission.admit() as permit:
+        if _says_all_in_its_head(request):  # then what comes too late need not be read
+            chosen = service.registry.get(model, version)
+            request.state.model_label = chosen.manifest.name
+            budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
+            chosen.check_in_time(chosen.forecast.predict_s(1, chosen.quality.current), budget.deadline - time.perf_counter())
         upload = await read_upload(
             request, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
         )
+        if state.quotas is not None:
+            state.quotas.take(request.headers.get(settings.quotas.header, ""), len(upload.images))
         fields = upload.fields
         chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
         request.state.model_label = chosen.manifest.name
         wanted = _either("top_k", top_k, fields.top_k)
         if wanted is None:
             wanted = min(DEFAULT_TOP_K, len(chosen.labels))
-        asked = _either("quality", quality, fields.quality)
-        rung = chosen.rung(asked)
+        asked_ms = _either("timeout_ms", asked_ms, fields.timeout_ms)
+        budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
+        rung = chosen.choose(
+            _either("quality", quality, fields.quality),
+            _either("min_quality", min_quality, fields.min_quality),
+            images=len(upload.images),
+        )
         classified = service.classify(
-            upload.images, permit, model=chosen, top_k=wanted, quality=asked, started=request.state.started
+            upload.images,
+            permit,
+            model=chosen,
+            top_k=wanted,
+            rung=rung,
+            deadline=budget.deadline,
+            started=request.state.started,
         )
         answers = await _while_connected(request, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
@@ -208,7 +276,21 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             watcher.cancel()
 
 
-def _either(name: str, query: T | None, body: T | None) -> T | None:
-    if query is not None and body is not None and query != body:
-        raise InvalidRequest(f"{name} is {query} in the query and {body} in the body; say it once")
-    return query if query is not None else body
+def _says_all_in_its_head(request: Request) -> bool:
+    kind = request.headers.get("content-type", "")
+    return not kind.startswith(("multipart/", "application/json"))
+
+
+def _from_header(request: Request) -> int | None:
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and 0 < len(value) < 10 and int(value)):
+        raise InvalidRequest(f"{TIMEOUT_HEADER} is {value!r}; it must be a whole number of milliseconds, at least 1")
+    return int(value)
+
+
+def _either(name: str, query: T | None, other: T | None, where: str = "body") -> T | None:
+    if query is not None and other is not None and query != other:
+        raise InvalidRequest(f"{name} is {query} in the query and {other} in the {where}; say it once")
+    return query if query is not None else other

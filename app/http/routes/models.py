@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from app.http.dependencies import ServiceDep
 from app.http.errors import problem_responses
-from app.http.schemas import ModelBody, ModelsResponse, QualityBody
+from app.http.schemas import ModelBody, ModelsResponse, QualityBody, StageCostBody
 from app.quality import Rung
 from app.service import InferenceService, LoadedModel
 
@@ -50,6 +50,10 @@ def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
         classes=manifest.num_classes,
         labels=list(model.labels),
         gmacs_by_stage=[round(stage.gmacs, 6) for stage in manifest.stages],
+        stage_costs=[
+            StageCostBody(fixed_ms=round(1000 * curve.fixed_s, 4), per_image_ms=round(1000 * curve.per_image_s, 4))
+            for curve in model.pipeline.costs.curves
+        ],
         exits=[exit_.model_dump() for exit_ in variant.exits],
         qualities=[_quality(rung, default=index == model.default_point) for index, rung in enumerate(model.ladder)],
         provenance=manifest.provenance,

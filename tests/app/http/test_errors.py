@@ -217,7 +217,7 @@ async def test_too_many_bytes_in_flight_are_refused_too(tiny_repository: Path, g
                 assert refused.headers["retry-after"].isdecimal()
                 gate.release()
                 check_answer(await first)
-        assert served.outcome("overloaded", model="unknown") == 1
+        assert served.outcome("overloaded") == 1
         check_answer(await served.classify(JPEG))
         served.assert_nothing_in_flight()
 
@@ -250,7 +250,7 @@ async def test_an_upload_that_takes_too_long_is_ended(tiny_repository: Path) -> 
 
     async with running(make_settings(tiny_repository, http={"request_timeout_s": 0.05})) as served:
         check_problem(await served.client.post(CLASSIFY, content=slow()), 504, "deadline_exceeded", "0.05 s")
-        assert served.outcome("timeout", model="unknown") == 1
+        assert served.outcome("timeout") == 1
         served.assert_nothing_in_flight()
 
 

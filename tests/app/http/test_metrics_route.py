@@ -21,6 +21,7 @@ ALLOWED_LABELS = {
     "outcome": set(OUTCOMES),
     "phase": set(PHASES),
     "stage": {"0", "1", "2"},
+    "part": {"fixed", "per_image"},
     "quality": {"full", "balanced", "fast"},
     "version": {"1"},
     "variant": {"fp32"},

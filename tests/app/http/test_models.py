@@ -31,6 +31,7 @@ async def test_a_model_tells_what_it_is_and_what_it_runs_on(served: Served, tiny
     assert "fp32" in model.variant_reason
     assert model.labels == (tiny_repository / MODEL / "1" / "labels.txt").read_text().split()
     assert (len(model.labels), len(manifest.stages)) == (model.classes, model.stages)
+    assert [cost.fixed_ms + cost.per_image_ms > 0 for cost in model.stage_costs] == [True] * 3
     assert [pytest.approx(stage.gmacs, abs=1e-6) for stage in manifest.stages] == model.gmacs_by_stage
     assert [exit_.threshold for exit_ in manifest.variant("fp32").exits] == [exit_["threshold"] for exit_ in model.exits]
     assert manifest.provenance == model.provenance

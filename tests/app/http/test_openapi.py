@@ -84,7 +84,7 @@ async def test_the_json_examples_work_when_sent(served: Served, document: dict[s
 async def test_errors_are_described_as_what_they_are(document: dict[str, Any]) -> None:
     """As problem+json with the fields of Problem, nowhere as FastAPI's own shape; every status that a refusal has is there."""
     responses = document["paths"][CLASSIFY]["post"]["responses"]
-    may_happen = {STATUSES[code][0] for code in ("inference_failed", "overloaded", "deadline_exceeded")}
+    may_happen = {STATUSES[code][0] for code in ("inference_failed", "overloaded", "deadline_exceeded", "quota_exceeded")}
     assert {str(status) for status in may_happen | {bad.status for bad in BAD_REQUESTS}} | {"200"} == set(responses)
     for path in document["paths"].values():
         for operation in path.values():
@@ -105,4 +105,4 @@ async def test_every_field_of_the_answer_is_there(document: dict[str, Any]) -> N
     media_types = set(document["paths"][CLASSIFY]["post"]["requestBody"]["content"])
     assert {"image/jpeg", "image/png", "multipart/form-data", "application/json"} <= media_types
     parameters = {parameter["name"] for parameter in document["paths"][CLASSIFY]["post"]["parameters"]}
-    assert {"model", "version", "top_k", "quality"} == parameters
+    assert {"model", "version", "top_k", "quality", "min_quality", "timeout_ms"} == parameters

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
+from app.errors import DeadlineExceeded
 from app.metrics import Metrics
 from app.scheduling.batcher import DynamicBatcher
 from app.scheduling.work import WorkItem
@@ -33,7 +34,12 @@ async def execute(run_stage: StageRun, batch: list[WorkItem]) -> None:
 
 
 def make_batcher(
-    executor: FakeExecutor, metrics: Metrics, *, max_batch_size: int = 4, max_queue_delay_s: float = 0.0
+    executor: FakeExecutor,
+    metrics: Metrics,
+    *,
+    max_batch_size: int = 4,
+    max_queue_delay_s: float = 0.0,
+    least_s: Callable[[WorkItem, int], float] | None = None,
 ) -> DynamicBatcher:
     return DynamicBatcher(
         executor,
@@ -42,6 +48,8 @@ def make_batcher(
         max_queue_delay_s=max_queue_delay_s,
         queue_size=metrics.queue_size.labels("m", "0"),
         skipped=metrics.skipped.labels("m", "0"),
+        expired=metrics.expired.labels("m", "0"),
+        least_s=least_s,
     )
 
 
@@ -277,3 +285,36 @@ async def test_a_cancelled_loop_gives_its_slot_back(metrics: Metrics, max_queue_
 
     async with executor.slot():
         assert executor.running == 0
+
+
+async def test_what_cannot_be_done_in_time_is_not_begun(metrics: Metrics) -> None:
+    """An item needs 1 s and 1 s for each in the batch; who has less left is told so, and makes room for who has enough."""
+    executor = FakeExecutor()
+    batcher = make_batcher(executor, metrics, max_batch_size=2, least_s=lambda _, images: 1.0 + images)
+    now = asyncio.get_running_loop().time()
+    items = put(batcher, range(4))
+    for item, left_s in zip(items, (2.9, 3.1, 2.9, 3.1), strict=True):
+        item.deadline = now + left_s
+
+    async with running(batcher):
+        await settle()
+
+    assert executor.batches(STAGE) == [[1, 3]]
+    for item in (items[0], items[2]):
+        with pytest.raises(DeadlineExceeded, match="within its time budget"):
+            await item.future
+    assert metrics.registry.get_sample_value("fovea_expired_total", {"model": "m", "stage": "0"}) == 2
+    assert skipped(metrics) == 0
+
+
+async def test_a_lone_item_is_measured_by_a_batch_of_one(metrics: Metrics) -> None:
+    """Nobody else makes it late."""
+    executor = FakeExecutor()
+    batcher = make_batcher(executor, metrics, max_batch_size=8, least_s=lambda _, images: 1.0 + images)
+    (item,) = put(batcher, [5])
+    item.deadline = asyncio.get_running_loop().time() + 2.1
+
+    async with running(batcher):
+        await settle()
+
+    assert executor.batches(STAGE) == [[5]]
