@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from models.manifest import BALANCED, FULL, Certificate, VariantSpec
 
 DOWN_EVERY_S = 0.05  # what a step changes is seen after a few batches
 UP_AFTER_S = 2.0
+MAX_UP_AFTER_S = 32.0  # after a step up that had to be taken back the next one waits twice as long, up to this
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class QualityController:
         default: the point of requests that name none.
         floor: the last one that they are taken down to; the default itself: nothing is bent.
         high_s: an expected wait above it takes one step down, at most one in `DOWN_EVERY_S`.
-        low_s: a wait that stays below it for `UP_AFTER_S` takes one step up.
+        low_s: a wait that stays below it for a while (`UP_AFTER_S`) takes one step up.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class QualityController:
         self._clock = clock
         self._current = default
         self._stepped_at = self._not_low_at = clock()
+        self._raised_at = -math.inf
+        self._up_after_s = UP_AFTER_S
 
     @property
     def current(self) -> int:
@@ -124,15 +128,19 @@ class QualityController:
         if wait_s > self._high_s:
             self._not_low_at = now
             if self._current < self._floor and now - self._stepped_at >= DOWN_EVERY_S:
-                self._current, self._stepped_at = self._current + 1, now
+                if now - self._raised_at < self._up_after_s:
+                    self._up_after_s = min(2 * self._up_after_s, MAX_UP_AFTER_S)
+                self._current, self._stepped_at, self._raised_at = self._current + 1, now, -math.inf
         elif wait_s > self._low_s:
             self._not_low_at = now
-        while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= UP_AFTER_S:
+        while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= self._up_after_s:
             self._current -= 1
-            self._stepped_at = max(self._not_low_at, self._stepped_at) + UP_AFTER_S
+            self._stepped_at = self._raised_at = max(self._not_low_at, self._stepped_at) + self._up_after_s
+        if self._current == self._default and now - max(self._not_low_at, self._stepped_at) >= self._up_after_s:
+            self._up_after_s = UP_AFTER_S
 
-    def point(self, wanted: int | None, floor: int | None) -> int:
-        """The point for a request.
+    def range(self, wanted: int | None, floor: int | None) -> tuple[int, int]:
+        """The point for a request at this load, and the last one that it may be taken down to.
 
         Args:
             wanted: the point that it names; it gets no more than that.
@@ -140,4 +148,5 @@ class QualityController:
         """
         start = self._default if wanted is None else wanted
         last = floor if floor is not None else (self._floor if wanted is None else wanted)
-        return min(max(start, self._current), max(start, last))
+        last = max(start, min(last, self._floor))
+        return min(max(start, self._current), last), last

@@ -80,38 +80,45 @@ class LoadedModel:
         """The metric of each operating point, looked up once."""
         return [self.metrics.answered.labels(self.manifest.name, rung.name) for rung in self.ladder]
 
-    def choose(self, quality: str | None = None, min_quality: str | None = None, *, images: int = 1) -> Rung:
-        """The operating point for a request that comes now.
+    def choose(
+        self,
+        quality: str | None = None,
+        min_quality: str | None = None,
+        *,
+        images: int = 1,
+        budget_s: float = math.inf,
+    ) -> Rung:
+        """The operating point for a request that comes now: what the load asks for, or a faster one where it needs that.
 
         Args:
             quality: the point that it names; unset: the default one, or a faster one that the load asks for.
             min_quality: the last point that it may be taken down to; unset: the model's own floor, and none for one that
                 names its point.
             images: how many it has.
+            budget_s: what is left of its time.
 
         Raises:
             InvalidRequest: there is no such point, or the floor is above the point.
+            Overloaded: no point that it takes is fast enough because of those in front; who comes alone is always tried.
         """
         wanted, floor = (None if name is None else self.ladder.index(name) for name in (quality, min_quality))
         start = self.default_point if wanted is None else wanted
         if floor is not None and floor < start:
             raise InvalidRequest(f"min_quality is {min_quality!r}, which is above the quality {self.ladder[start].name!r}")
         self.quality.observe(self.forecast.expected_s(images, self.quality.current))
-        return self.ladder[self.quality.point(wanted, floor)]
-
-    def check_in_time(self, predicted_s: float, budget_s: float) -> None:
-        """Whether an answer that is predicted then is early enough; who comes alone is always tried.
-
-        Raises:
-            Overloaded: it would come too late because of those in front.
-        """
-        needed_s = self.forecast.needed_s(predicted_s)
-        if needed_s > budget_s and self.forecast.busy:
-            raise Overloaded(
-                f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
-                "time budget; try again later",
-                retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
-            )
+        point, last = self.quality.range(wanted, floor)
+        while self.forecast.busy:
+            needed_s = self.forecast.needed_s(self.forecast.predict_s(images, point))
+            if needed_s <= budget_s:
+                break
+            if point == last:
+                raise Overloaded(
+                    f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
+                    "time budget; try again later",
+                    retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+                )
+            point += 1
+        return self.ladder[point]
 
     @property
     def failed(self) -> bool:
@@ -193,12 +200,12 @@ class InferenceService:
             model: from `registry.get`.
             top_k: classes per answer, 1 .. number of classes.
             rung: operating point, from `model.choose`; unset: what that gives a request that names none.
-            deadline: by `time.perf_counter`; what cannot be answered by then is refused, or dropped before it is computed.
+            deadline: by `time.perf_counter`; what cannot be answered by then is dropped before it is computed.
             started: when the request began, by `time.perf_counter`, for the answer's total; unset: now.
 
         Raises:
             InvalidRequest: `top_k` is out of range.
-            Overloaded: there is no room for so many images, or they could not be answered in time.
+            Overloaded: there is no room for so many images.
         """
         num_classes = len(model.labels)
         if not 1 <= top_k <= num_classes:
@@ -210,7 +217,6 @@ class InferenceService:
         begun = time.perf_counter()
         started = begun if started is None else started
         predicted_s = model.forecast.predict_s(len(images), point)
-        model.check_in_time(predicted_s, deadline - begun)
         terms = _Terms(model, top_k, point, deadline, started)
         try:
             if len(images) == 1:

@@ -158,13 +158,39 @@ def test_quality_comes_back_when_it_has_been_calm_for_a_while(clock: Clock) -> N
 def test_each_request_has_its_own_floor(clock: Clock, wanted: int | None, floor: int | None, calm: int, pressed: int) -> None:
     """And nobody gets less than the model's own."""
     quality = controller(clock)
-    assert quality.point(wanted, floor) == calm
+    assert quality.range(wanted, floor)[0] == calm
     for _ in range(2):
         clock.advance(2 * DOWN_EVERY_S)
         quality.observe(0.2)
-    assert quality.point(wanted, floor) == pressed
+    assert quality.range(wanted, floor)[0] == pressed
     above = controller(clock, floor=1)
     for _ in range(2):
         clock.advance(2 * DOWN_EVERY_S)
         above.observe(0.2)
-    assert above.point(None, 2) == 1
+    assert above.range(None, 2) == (1, 1)
+
+
+def test_a_step_up_that_had_to_be_taken_back_makes_the_next_one_wait(clock: Clock) -> None:
+    """Twice as long, so that a load between two points does not swing between them; a calm while later it is as before."""
+    quality = controller(clock, floor=1)
+
+    def press() -> None:
+        clock.advance(2 * DOWN_EVERY_S)
+        quality.observe(0.2)
+        assert quality.current == 1
+
+    def calm_for(seconds: float) -> int:
+        for _ in range(round(seconds / 0.1)):
+            clock.advance(0.1)
+            quality.observe(0.0)
+        return quality.current
+
+    press()
+    assert [calm_for(1.9), calm_for(0.2)] == [1, 0]
+    press()
+    assert [calm_for(3.9), calm_for(0.2)] == [1, 0]
+    press()
+    assert [calm_for(7.9), calm_for(0.2)] == [1, 0]
+    assert calm_for(9) == 0
+    press()
+    assert [calm_for(1.9), calm_for(0.2)] == [1, 0]

@@ -74,12 +74,15 @@ class _Budget:
         """By `time.perf_counter`."""
         return self._started + self.seconds
 
+    @property
+    def left_s(self) -> float:
+        return self.deadline - time.perf_counter()
+
     def shorten(self, seconds: float) -> None:
         """Where it is less."""
         if seconds < self.seconds and self.timer is not None:
             self.seconds = seconds
-            left_s = self.deadline - time.perf_counter()
-            self.timer.reschedule(asyncio.get_running_loop().time() + left_s)
+            self.timer.reschedule(asyncio.get_running_loop().time() + self.left_s)
 
 
 def _budget_s(settings: Settings, model: str, timeout_ms: int | None) -> float:
@@ -190,7 +193,7 @@ async def classify(
             chosen = service.registry.get(model, version)
             request.state.model_label = chosen.manifest.name
             budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
-            chosen.check_in_time(chosen.forecast.predict_s(1, chosen.quality.current), budget.deadline - time.perf_counter())
+            chosen.choose(quality, min_quality, budget_s=budget.left_s)
         upload = await read_upload(
             request, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
         )
@@ -208,6 +211,7 @@ async def classify(
             _either("quality", quality, fields.quality),
             _either("min_quality", min_quality, fields.min_quality),
             images=len(upload.images),
+            budget_s=budget.left_s,
         )
         classified = service.classify(
             upload.images,

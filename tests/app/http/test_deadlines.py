@@ -169,3 +169,29 @@ async def test_each_client_has_a_quota_where_there_are_any(tiny_repository: Path
         check_problem(too_many, 422, "invalid_request", "at most 2 at once")
         assert served.outcome("ok") == 3
         served.assert_nothing_in_flight()
+
+
+async def test_quality_is_bent_before_a_request_is_refused(
+    tiny_repository: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only a faster point can be in time, it is used, though the load as a whole does not ask for it yet."""
+    settings = make_settings(
+        tiny_repository,
+        runtime={"quality": "full", "min_quality": "balanced", "bend_above_ms": 1e6},
+        http={"request_timeout_s": 60},
+    )
+    async with running(settings) as served:
+        model = served.service.registry.get()
+        monkeypatch.setattr(model.forecast, "predict_s", lambda _, point: (20.0, 5.0)[point])
+        began = len(gate.batches)
+        with gate.held():
+            async with in_background(served.classify(JPEG)) as (first,):
+                await gate.began(began + 1)
+                async with in_background(
+                    served.classify(JPEG, params={"timeout_ms": 50_000}), served.classify(JPEG, params={"timeout_ms": 10_000})
+                ) as (patient, hasty):
+                    refused = await served.classify(JPEG, params={"timeout_ms": 10_000, "quality": "full"})
+                    check_problem(refused, 503, "overloaded", "about 20000 ms")
+                    gate.release()
+                    answers = [check_answer(await each).quality for each in (first, patient, hasty)]
+        assert answers == ["full", "full", "balanced"]
