@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.errors import InvalidRequest, ModelNotFound, StartupError
 from app.exits import ExitPolicy
@@ -14,12 +14,13 @@ from app.metrics import Metrics
 from app.quality import Ladder, QualityController
 from app.repository.registry import ModelRegistry
 from app.repository.store import ModelStore, StoredModel
+from app.runtime.backend import Backend
 from app.runtime.cpu import num_cpus
 from app.runtime.golden import verify_golden
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.pool import BackendPool
-from app.runtime.selection import VariantChoice, choose_variant, time_stages
-from app.runtime.targets import TargetProfile, resolve_profile
+from app.runtime.selection import VariantChoice, choose_variant, lone_gain, time_stages
+from app.runtime.targets import ON_THE_CPU, TargetProfile, resolve_profile
 from app.scheduling.admission import Admission
 from app.scheduling.forecast import Forecast
 from app.scheduling.pipeline import StagedPipeline
@@ -43,6 +44,7 @@ class _Opened:
     choice: VariantChoice
     run_times: list[list[RunTime]]  # of each stage
     backends: tuple[OrtBackend, ...]  # one per instance
+    wide: Backend | None
 
 
 async def open_service(settings: Settings, metrics: Metrics) -> InferenceService:
@@ -128,6 +130,11 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
     others = [
         chosen if shared else _open_backend(stored, choice.name, profile, batch_size) for _ in range(profile.instances - 1)
     ]
+    wide, lone_threads = None, 1
+    if shared and profile.instances > 1 and profile.target in ON_THE_CPU and settings.runtime.lone_threads != 1:
+        lone_threads = settings.runtime.lone_threads or num_cpus()
+        wide_profile = replace(profile, intra_op_threads=lone_threads, spinning=True)
+        _, wide = lone_gain(chosen, lambda: _open_backend(stored, choice.name, wide_profile, batch_size), manifest.stages)
     log.info(
         "model loaded",
         model=name,
@@ -137,9 +144,10 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
         why=choice.reason,
         instances=profile.instances,
         threads_each=profile.intra_op_threads,
+        threads_alone=profile.intra_op_threads if wide is None else lone_threads,
         seconds=round(time.perf_counter() - started, 2),
     )
-    return _Opened(stored, choice, run_times, (chosen, *others))
+    return _Opened(stored, choice, run_times, (chosen, *others), wide)
 
 
 def _open_backend(stored: StoredModel, variant: str, profile: TargetProfile, batch_size: int) -> OrtBackend:
@@ -181,7 +189,7 @@ def _start_model(
         floor = _point(ladder, "MIN_QUALITY", runtime.min_quality, manifest.name)
         if floor < default_point:
             raise StartupError(f"FOVEA_RUNTIME__MIN_QUALITY ({runtime.min_quality}) is above the quality {runtime.quality}")
-    pool = BackendPool(opened.backends)
+    pool = BackendPool(opened.backends, opened.wide)
     pipeline = StagedPipeline(
         pool,
         ExitPolicy(variant.exits, ladder.thresholds),

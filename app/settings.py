@@ -72,6 +72,12 @@ class RuntimeSettings(_Section):
     )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")
+    lone_threads: int = Field(
+        0,
+        ge=0,
+        description="ONNX Runtime threads for a batch that has the machine to itself; they need the weights a second time. "
+        "0: all CPUs, where timing at load shows that it is worth it; 1: as other batches.",
+    )
 
 
 class ModelDeadlines(_Section):

@@ -57,21 +57,28 @@ class OrtBackend:
         self._sessions.clear()
 
 
-def session_options(intra_op_threads: int) -> ort.SessionOptions:
-    """Of every session here; whoever measures wants the same."""
+def session_options(intra_op_threads: int, *, spinning: bool = False) -> ort.SessionOptions:
+    """Of every session here; whoever measures wants the same.
+
+    Args:
+        intra_op_threads: with one, the calling thread does all the work.
+        spinning: the others wait for the next part of a run by spinning, which is faster where nobody else wants their cores.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what matters is raised
     # Idle threads must not spin: other instances, decoding and the event loop need these cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def _open_session(path: Path, stage: StageSpec, profile: TargetProfile) -> ort.InferenceSession:
     try:
-        session = ort.InferenceSession(path, session_options(profile.intra_op_threads), providers=list(profile.providers))
+        session = ort.InferenceSession(
+            path, session_options(profile.intra_op_threads, spinning=profile.spinning), providers=list(profile.providers)
+        )
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise ModelInvalid(f"ONNX Runtime cannot open {path.name}: {error}") from error
     # ONNX Runtime falls back to the CPU without an error, so compare with what the session really got.

@@ -1,4 +1,8 @@
-"""N instances, one thread each; lent to coroutines first come, first served (docs/adr/0006)."""
+"""N instances, one thread each; lent to coroutines first come, first served (docs/adr/0006).
+
+Many batches are done fastest by instances of one ONNX Runtime thread each, one batch by all threads together. So there may be a
+wide backend beside the instances' own: whoever is lent an instance while no other is out runs on that (docs/adr/0020).
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,14 @@ class BackendPool:
 
     Args:
         backends: one per instance; the same one may stand several times where it may run on several threads.
+        wide: for a batch that has the machine to itself; None: the instances' own.
     """
 
-    def __init__(self, backends: Sequence[Backend]) -> None:
+    def __init__(self, backends: Sequence[Backend], wide: Backend | None = None) -> None:
         if not backends:
             raise ValueError("a pool needs at least one backend")
-        self._backends = tuple(dict.fromkeys(backends))
-        self._instances = [_Instance(backend, index) for index, backend in enumerate(backends)]
+        self._backends = tuple(dict.fromkeys([*backends, *([] if wide is None else [wide])]))
+        self._instances = [_Instance(backend, wide or backend, index) for index, backend in enumerate(backends)]
         self._idle = list(self._instances)
         # A fair semaphore, not an asyncio.Queue of instances: there the loop that returns one takes it again before
         # the waiting loop has woken, and the later stages starve.
@@ -34,7 +39,7 @@ class BackendPool:
 
     def slot(self) -> AbstractAsyncContextManager[StageRun]:
         """Wait for a free instance and borrow it."""
-        return _Slot(self._free, self._idle)
+        return _Slot(self._free, self._idle, len(self._instances))
 
     def close(self) -> None:
         """End the threads after the runs they are in, and close the backends."""
@@ -47,16 +52,18 @@ class BackendPool:
 class _Slot(AbstractAsyncContextManager[StageRun]):
     """One loan. A class, not a generator made into a context manager: that costs a tenth of a small batch's whole way."""
 
-    __slots__ = ("_free", "_idle", "_lent")
+    __slots__ = ("_free", "_idle", "_lent", "_num_instances")
 
-    def __init__(self, free: asyncio.Semaphore, idle: list[_Instance]) -> None:
+    def __init__(self, free: asyncio.Semaphore, idle: list[_Instance], num_instances: int) -> None:
         self._free = free
         self._idle = idle
+        self._num_instances = num_instances
 
     async def __aenter__(self) -> StageRun:
         await self._free.acquire()
         self._lent = self._idle.pop()
-        return self._lent.run
+        alone = len(self._idle) == self._num_instances - 1
+        return self._lent.run_alone if alone else self._lent.run
 
     async def __aexit__(self, *_: object) -> None:
         self._idle.append(self._lent)
@@ -64,9 +71,13 @@ class _Slot(AbstractAsyncContextManager[StageRun]):
 
 
 class _Instance:
-    def __init__(self, backend: Backend, index: int) -> None:
+    def __init__(self, backend: Backend, wide: Backend, index: int) -> None:
         self._backend = backend
+        self._wide = wide
         self.thread = Workers(1, f"instance-{index}")
 
     async def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
         return await self.thread.run(self._backend.run, stage, inputs)
+
+    async def run_alone(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        return await self.thread.run(self._wide.run, stage, inputs)

@@ -16,6 +16,8 @@ from models.manifest import StageSpec
 
 MIN_ROUNDS = 3
 MAX_ROUNDS = 15
+WORTH_WIDENING_S = 0.004  # that a lone image takes on one thread
+WORTH_GAIN = 1.25  # for the weights in memory a second time
 TIME_BUDGET_S = 0.6  # of timing in all, once the least rounds are done
 
 
@@ -97,6 +99,34 @@ def time_stages(
                 times.append(RunTime(size, statistics.median(seconds)))
             found.append(times)
     return found
+
+
+def lone_gain(
+    narrow: Backend, wide: Callable[[], Backend], stages: Sequence[StageSpec], *, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Backend | None]:
+    """How many times as fast a lone image is on a wide backend, and that backend where it is worth its memory.
+
+    Args:
+        narrow: warmed up.
+        wide: opens it; not called where a lone image takes less than `WORTH_WIDENING_S` anyway.
+        stages: all are run, as for an image that never leaves early.
+    """
+    inputs = [{t.name: _noise(t.shape, t.dtype, 1) for t in stage.inputs} for stage in stages]
+
+    def once(backend: Backend) -> float:
+        started = clock()
+        _run_all(backend, inputs)
+        return clock() - started
+
+    if min(once(narrow) for _ in range(MIN_ROUNDS)) < WORTH_WIDENING_S:
+        return 1.0, None
+    opened = wide()
+    seconds = [(once(narrow), once(opened)) for _ in range(MIN_ROUNDS)]
+    gain = statistics.median(slow for slow, _ in seconds) / statistics.median(fast for _, fast in seconds)
+    if gain >= WORTH_GAIN:
+        return gain, opened
+    opened.close()
+    return gain, None
 
 
 def _timed(backend: Backend, stage: int, inputs: Mapping[str, Array], clock: Callable[[], float]) -> float:

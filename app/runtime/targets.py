@@ -33,6 +33,7 @@ class TargetProfile:
     providers: tuple[str, ...]  # in ONNX Runtime's order of preference
     instances: int  # batches that run at once, a thread each
     intra_op_threads: int  # ONNX Runtime's threads of one instance
+    spinning: bool = False  # its threads spin between the parts of a run, never between runs
 
 
 def detect_target(available_providers: Collection[str], *, exact_int8: bool) -> HardwareTarget:

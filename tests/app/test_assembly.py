@@ -202,9 +202,10 @@ async def test_instances_share_sessions_only_with_one_thread_each(
     pools: list[list[OrtBackend]] = []
 
     class WatchedPool(assembly.BackendPool):
-        def __init__(self, backends: tuple[OrtBackend, ...]) -> None:
+        def __init__(self, backends: tuple[OrtBackend, ...], wide: OrtBackend | None) -> None:
             pools.append(list(backends))
-            super().__init__(backends)
+            super().__init__(backends, wide)
+            assert wide is None  # so small a network is fast enough alone
 
     monkeypatch.setattr(assembly, "BackendPool", WatchedPool)
 

@@ -154,3 +154,24 @@ def test_a_pool_without_backends_is_refused() -> None:
     """It could never lend."""
     with pytest.raises(ValueError, match="at least one"):
         BackendPool([])
+
+
+async def test_a_batch_that_has_the_machine_to_itself_runs_on_the_wide_backend() -> None:
+    """Whoever comes meanwhile runs on its instance's own, and so does the next while that is out; all are closed."""
+    narrow, wide = FakeBackend(), FakeBackend()
+    pool = BackendPool([narrow, narrow], wide)
+
+    with wide.held(), narrow.held():
+        first = asyncio.create_task(run(pool, 1))
+        await wide.began(1)
+        second = asyncio.create_task(run(pool, 2))
+        await narrow.began(1)
+        wide._open.set()
+        assert await first == 1
+        third = asyncio.create_task(run(pool, 3))
+        await narrow.began(2)
+    assert await asyncio.gather(second, third) == [2, 3]
+    assert await run(pool, 4) == 4
+    assert (wide.runs, narrow.runs) == ([(0, [1]), (0, [4])], [(0, [2]), (0, [3])])
+    pool.close()
+    assert (wide.num_closed, narrow.num_closed) == (1, 1)

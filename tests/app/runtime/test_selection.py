@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from app.runtime.selection import MAX_ROUNDS, MIN_ROUNDS, TIME_BUDGET_S, choose_variant
+from app.runtime.selection import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    TIME_BUDGET_S,
+    WORTH_WIDENING_S,
+    choose_variant,
+    lone_gain,
+    time_stages,
+)
 from app.types import Array, StageOutput
 from tests.fakes import NUM_STAGES, PATIENCE_S, Clock, make_manifest
 
@@ -27,6 +35,7 @@ class TimedBackend:
         self._log = log
         self._seconds = seconds
         self._num_runs = 0
+        self.closed = False
         self._at_once = threading.Barrier(at_once, timeout=PATIENCE_S)
         self.inputs: list[Mapping[str, Array]] = []
 
@@ -40,7 +49,8 @@ class TimedBackend:
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture
@@ -134,3 +144,40 @@ def test_the_only_variant_is_not_timed(clock: Clock, log: list[tuple[str, int]])
 
     assert (choice.name, choice.images_per_second, log) == ("fp32", {}, [])
     assert "only variant" in choice.reason
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(0.010, True), (0.017, True), (0.019, False), (0.030, False)])
+def test_a_wide_backend_must_be_worth_its_memory(clock: Clock, log: list[tuple[str, int]], seconds: float, kept: bool) -> None:
+    """A quarter faster at least for a lone image; else it is closed again."""
+    narrow = TimedBackend("narrow", clock, log, lambda _: 0.022)
+    wide = TimedBackend("wide", clock, log, lambda _: seconds)
+    gain, chosen = lone_gain(narrow, lambda: wide, STAGES, clock=clock)
+    assert gain == pytest.approx(0.022 / seconds)
+    assert (chosen is wide, wide.closed) == (kept, not kept)
+    assert all(len(array) == 1 for inputs in wide.inputs for array in inputs.values())
+
+
+def test_what_is_fast_alone_needs_no_wide_backend(clock: Clock, log: list[tuple[str, int]]) -> None:
+    """It is not even opened."""
+    narrow = TimedBackend("narrow", clock, log, lambda _: 0.9 * WORTH_WIDENING_S / NUM_STAGES)
+
+    def never() -> TimedBackend:
+        raise AssertionError("opened for nothing")
+
+    assert lone_gain(narrow, never, STAGES, clock=clock) == (1.0, None)
+
+
+def test_each_stage_is_timed_at_each_batch_size(clock: Clock, log: list[tuple[str, int]]) -> None:
+    """The median of a few runs."""
+    backend = TimedBackend("fp32", clock, log, lambda number: 0.5 if number % 3 == 1 else 0.001)
+    times = time_stages(backend, STAGES, batch_sizes=[1, 4], instances=1, clock=clock)
+    assert [[run.images for run in stage] for stage in times] == [[1, 4]] * NUM_STAGES
+    assert times[0][0].seconds == pytest.approx(0.001)
+    assert {stage for _, stage in log} == set(range(NUM_STAGES))
+
+
+def test_slow_stages_are_timed_once(clock: Clock, log: list[tuple[str, int]]) -> None:
+    """A start is not to take minutes."""
+    backend = TimedBackend("fp32", clock, log, lambda _: 2 * TIME_BUDGET_S)
+    time_stages(backend, STAGES, batch_sizes=[1, 4], instances=1, clock=clock)
+    assert len(log) == 2 * NUM_STAGES
