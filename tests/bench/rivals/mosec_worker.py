@@ -1,6 +1,6 @@
 """mosec (`pip install mosec`): a process that decodes, one per core that runs batches of up to 8 on one thread.
 
-`MODEL=stage_0.onnx python tests/bench/rivals/mosec_worker.py --port 8982`; a network of 224 x 224 pixels, uint8 (B, H, W, 3).
+`MODEL=stage_0.onnx python tests/bench/rivals/mosec_worker.py --port 8982`; a network of 224 pixels a side, uint8 (B, H, W, 3).
 """
 
 from __future__ import annotations
