@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from app.errors import InvalidRequest
 from models.manifest import BALANCED, FULL, Certificate, VariantSpec
 
-DOWN_EVERY_S = 0.05  # what a step changes is seen after a few batches
+DOWN_AFTER_S = 0.1  # of a long wait without a break; what a step changes is seen after a few batches
 UP_AFTER_S = 2.0
 MAX_UP_AFTER_S = 32.0  # after a step up that had to be taken back the next one waits twice as long, up to this
 
@@ -88,7 +88,7 @@ class QualityController:
         ladder: of the model.
         default: the point of requests that name none.
         floor: the last one that they are taken down to; the default itself: nothing is bent.
-        high_s: an expected wait above it takes one step down, at most one in `DOWN_EVERY_S`.
+        high_s: an expected wait that stays above it for `DOWN_AFTER_S` takes one step down, and another after as long.
         low_s: a wait that stays below it for a while (`UP_AFTER_S`) takes one step up.
     """
 
@@ -110,6 +110,7 @@ class QualityController:
         self._current = default
         self._stepped_at = self._not_low_at = clock()
         self._raised_at = -math.inf
+        self._high_since: float | None = None
         self._up_after_s = UP_AFTER_S
 
     @property
@@ -127,12 +128,15 @@ class QualityController:
         now = self._clock()
         if wait_s > self._high_s:
             self._not_low_at = now
-            if self._current < self._floor and now - self._stepped_at >= DOWN_EVERY_S:
+            self._high_since = now if self._high_since is None else self._high_since
+            if self._current < self._floor and now - max(self._stepped_at, self._high_since) >= DOWN_AFTER_S:
                 if now - self._raised_at < self._up_after_s:
                     self._up_after_s = min(2 * self._up_after_s, MAX_UP_AFTER_S)
                 self._current, self._stepped_at, self._raised_at = self._current + 1, now, -math.inf
-        elif wait_s > self._low_s:
-            self._not_low_at = now
+        else:
+            self._high_since = None
+            if wait_s > self._low_s:
+                self._not_low_at = now
         while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= self._up_after_s:
             self._current -= 1
             self._stepped_at = self._raised_at = max(self._not_low_at, self._stepped_at) + self._up_after_s

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from app.errors import InvalidRequest
 from app.exits import ExitPolicy
-from app.quality import DOWN_EVERY_S, UP_AFTER_S, Ladder, QualityController
+from app.quality import DOWN_AFTER_S, UP_AFTER_S, Ladder, QualityController
 from models.manifest import Certificate, ExitSpec, HardwareTarget, OperatingPoint, VariantSpec
 from tests.fakes import Clock
 
@@ -96,6 +96,14 @@ def controller(clock: Clock, *, default: int = 0, floor: int = 2) -> QualityCont
     return QualityController(Ladder(variant(FAST)), default=default, floor=floor, high_s=0.1, low_s=0.025, clock=clock)
 
 
+def press(quality: QualityController, clock: Clock, steps: int) -> None:
+    """A long wait for long enough."""
+    quality.observe(0.2)
+    for _ in range(steps):
+        clock.advance(2 * DOWN_AFTER_S)
+        quality.observe(0.2)
+
+
 def test_the_ladder_is_only_gone_down_as_far_as_it_is_proved() -> None:
     """`balanced` has no certificate here, so `fast` behind it is not reached by itself."""
     ladder = Ladder(variant(FAST))
@@ -110,21 +118,18 @@ def test_quality_goes_down_step_by_step_and_not_below_the_floor(clock: Clock) ->
         quality.observe(0.2)
         quality.observe(0.2)  # too early for another step
         seen.append(quality.current)
-        clock.advance(2 * DOWN_EVERY_S)
+        clock.advance(2 * DOWN_AFTER_S)
     assert seen == [0, 1, 2, 2, 2]
     assert quality.steps_down == 2
     never = controller(clock, default=1, floor=1)
-    clock.advance(1)
-    never.observe(9.0)
+    press(never, clock, 2)
     assert (never.current, never.steps_down) == (1, 0)
 
 
 def test_quality_comes_back_when_it_has_been_calm_for_a_while(clock: Clock) -> None:
     """A wait in between holds it where it is; after a quiet hour it is all back at the first request."""
     quality = controller(clock)
-    for _ in range(2):
-        clock.advance(2 * DOWN_EVERY_S)
-        quality.observe(0.2)
+    press(quality, clock, 2)
     assert quality.current == 2
     for _ in range(10):
         clock.advance(UP_AFTER_S / 2)
@@ -136,9 +141,7 @@ def test_quality_comes_back_when_it_has_been_calm_for_a_while(clock: Clock) -> N
         quality.observe(0.01)
         found.append(quality.current)
     assert found == [2, 1, 1, 0, 0]
-    for _ in range(2):
-        quality.observe(0.2)
-        clock.advance(2 * DOWN_EVERY_S)
+    press(quality, clock, 2)
     clock.advance(3600)
     quality.observe(0.0)
     assert quality.current == 0
@@ -159,14 +162,10 @@ def test_each_request_has_its_own_floor(clock: Clock, wanted: int | None, floor:
     """And nobody gets less than the model's own."""
     quality = controller(clock)
     assert quality.range(wanted, floor)[0] == calm
-    for _ in range(2):
-        clock.advance(2 * DOWN_EVERY_S)
-        quality.observe(0.2)
+    press(quality, clock, 2)
     assert quality.range(wanted, floor)[0] == pressed
     above = controller(clock, floor=1)
-    for _ in range(2):
-        clock.advance(2 * DOWN_EVERY_S)
-        above.observe(0.2)
+    press(above, clock, 2)
     assert above.range(None, 2) == (1, 1)
 
 
@@ -174,23 +173,29 @@ def test_a_step_up_that_had_to_be_taken_back_makes_the_next_one_wait(clock: Cloc
     """Twice as long, so that a load between two points does not swing between them; a calm while later it is as before."""
     quality = controller(clock, floor=1)
 
-    def press() -> None:
-        clock.advance(2 * DOWN_EVERY_S)
-        quality.observe(0.2)
-        assert quality.current == 1
-
     def calm_for(seconds: float) -> int:
         for _ in range(round(seconds / 0.1)):
             clock.advance(0.1)
             quality.observe(0.0)
         return quality.current
 
-    press()
+    press(quality, clock, 1)
     assert [calm_for(1.9), calm_for(0.2)] == [1, 0]
-    press()
+    press(quality, clock, 1)
     assert [calm_for(3.9), calm_for(0.2)] == [1, 0]
-    press()
+    press(quality, clock, 1)
     assert [calm_for(7.9), calm_for(0.2)] == [1, 0]
     assert calm_for(9) == 0
-    press()
+    press(quality, clock, 1)
     assert [calm_for(1.9), calm_for(0.2)] == [1, 0]
+
+
+def test_one_long_wait_among_short_ones_changes_nothing(clock: Clock) -> None:
+    """Only one that lasts."""
+    quality = controller(clock)
+    for _ in range(20):
+        clock.advance(DOWN_AFTER_S)
+        quality.observe(0.2)
+        clock.advance(DOWN_AFTER_S)
+        quality.observe(0.09)
+    assert quality.current == 0

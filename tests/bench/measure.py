@@ -13,6 +13,8 @@ from app.settings import Settings
 from tests.bench.processes import BenchError, PlainLoopProcess, Server, run_load
 
 Say = Callable[[str], None]
+# The loop in process has one operating point, so what it is compared with keeps to the same one.
+PINNED = {"FOVEA_RUNTIME__MIN_QUALITY": Settings().runtime.quality}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +102,11 @@ def measure(plan: Plan, images: Path, url: str | None, say: Say) -> Measured:
     exit_codes: list[int | None] = []
     for number in range(1, plan.starts if url is None else 0):
         say(f"start {number} of {plan.starts}")
-        with Server() as server:
+        with Server(variables=PINNED) as server:
             ready_s.append(server.ready_s or 0.0)
             exit_codes.append(server.stop())
     say("start the server")
-    with Server(url) as server:
+    with Server(url, variables=PINNED) as server:
         if server.ready_s is not None:
             ready_s.append(server.ready_s)
         model = _default_model(server.models())

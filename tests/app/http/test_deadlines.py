@@ -137,6 +137,7 @@ async def test_quality_is_bent_under_load_and_the_answer_says_so(
         assert check_answer(await served.classify(JPEG)).quality == "full"
         expecting(served, monkeypatch, 10.0)
         clock = model.quality._clock
+        assert check_answer(await served.classify(JPEG)).quality == "full"  # not yet
         monkeypatch.setattr(model.quality, "_clock", lambda: clock() + 1)
         assert check_answer(await served.classify(JPEG)).quality == "balanced"
         assert served.sample("fovea_quality_steps_down", model=MODEL) == 1

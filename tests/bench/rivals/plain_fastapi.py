@@ -1,6 +1,6 @@
 """A plain FastAPI app: decode, run, answer; ONNX Runtime with all cores, as it comes.
 
-`MODEL=stage_0.onnx uvicorn tests.bench.rivals.plain_fastapi:app --port 8981`; a network of 224 pixels a side, uint8 (B, H, W, 3).
+`MODEL=stage_0.onnx uvicorn tests.bench.rivals.plain_fastapi:app --port 8981`, of 224 pixels a side, uint8 (B, H, W, 3).
 """
 
 from __future__ import annotations
