@@ -256,7 +256,7 @@ async def _classify_file(
     except OSError as error:
         return InvalidImage(f"the file cannot be read: {error.strerror}")
     with service.admission.admit() as permit:
-        (answer,) = await service.classify([data], permit, model=model, top_k=top_k, rung=model.choose(quality))
+        (answer,) = await service.classify([data], permit, model=model, top_k=top_k, choice=model.choose(quality))
     return answer
 
 

@@ -43,6 +43,14 @@ log = get_logger(__name__)
 MAX_RESULT_DELAY_S = 0.004  # of a decoded image while others wait to be decoded: two or three small ones come in together
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a request is answered."""
+
+    rung: Rung
+    predicted_s: float  # when, by `Forecast.predict_s`
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """One version, ready to serve."""
@@ -87,7 +95,7 @@ class LoadedModel:
         *,
         images: int = 1,
         budget_s: float = math.inf,
-    ) -> Rung:
+    ) -> Choice:
         """The operating point for a request that comes now: what the load asks for, or a faster one where it needs that.
 
         Args:
@@ -105,12 +113,14 @@ class LoadedModel:
         start = self.default_point if wanted is None else wanted
         if floor is not None and floor < start:
             raise InvalidRequest(f"min_quality is {min_quality!r}, which is above the quality {self.ladder[start].name!r}")
-        self.quality.observe(self.forecast.expected_s(images, self.quality.current))
+        forecast = self.forecast
+        asked = self.quality.current
+        predicted_s = forecast.predict_s(images, asked)
+        self.quality.observe(forecast.expected_s(predicted_s))
         point, last = self.quality.range(wanted, floor)
-        while self.forecast.busy:
-            needed_s = self.forecast.needed_s(self.forecast.predict_s(images, point))
-            if needed_s <= budget_s:
-                break
+        if point != asked:
+            predicted_s = forecast.predict_s(images, point)
+        while forecast.busy and (needed_s := forecast.needed_s(predicted_s)) > budget_s:
             if point == last:
                 raise Overloaded(
                     f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
@@ -118,7 +128,8 @@ class LoadedModel:
                     retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
                 )
             point += 1
-        return self.ladder[point]
+            predicted_s = forecast.predict_s(images, point)
+        return Choice(self.ladder[point], predicted_s)
 
     @property
     def failed(self) -> bool:
@@ -188,7 +199,7 @@ class InferenceService:
         *,
         model: LoadedModel,
         top_k: int = 5,
-        rung: Rung | None = None,
+        choice: Choice | None = None,
         deadline: float = math.inf,
         started: float | None = None,
     ) -> list[Prediction | ServiceError]:
@@ -199,7 +210,7 @@ class InferenceService:
             permit: takes one image each, all or none.
             model: from `registry.get`.
             top_k: classes per answer, 1 .. number of classes.
-            rung: operating point, from `model.choose`; unset: what that gives a request that names none.
+            choice: the operating point, from `model.choose`; unset: what that gives a request that names none.
             deadline: by `time.perf_counter`; what cannot be answered by then is dropped before it is computed.
             started: when the request began, by `time.perf_counter`, for the answer's total; unset: now.
 
@@ -212,19 +223,19 @@ class InferenceService:
             raise InvalidRequest(
                 f"top_k must be between 1 and {num_classes}, the number of classes of {model.manifest.name}; it is {top_k}"
             )
-        point = (model.choose(images=len(images)) if rung is None else rung).index
+        if choice is None:
+            choice = model.choose(images=len(images))
         permit.take_images(len(images))
         begun = time.perf_counter()
         started = begun if started is None else started
-        predicted_s = model.forecast.predict_s(len(images), point)
-        terms = _Terms(model, top_k, point, deadline, started)
+        terms = _Terms(model, top_k, choice.rung.index, deadline, started)
         try:
             if len(images) == 1:
                 return [await self._classify_one(images[0], terms)]
             return await asyncio.gather(*(self._classify_one(image, terms) for image in images))
         finally:
             # Also what took too long teaches: it took at least so long.
-            model.forecast.learn(predicted_s, time.perf_counter() - begun)
+            model.forecast.learn(choice.predicted_s, time.perf_counter() - begun)
 
     async def close(self) -> None:
         """Refuse new requests, let those in flight finish, free everything."""

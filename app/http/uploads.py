@@ -21,6 +21,7 @@ MAX_FORM_FIELDS = 16  # there are three parameters
 MAX_JSON_BRACKETS = 64  # an object and a list are needed
 MAX_FIELD_BYTES = 2**16
 BASE64_SLICE = 2**18  # characters; a multiple of 4
+FORMS = MULTIPART, JSON = "multipart/form-data", "application/json"  # any other body is one image
 NO_FIELDS = ClassifyFields()
 
 
@@ -47,14 +48,19 @@ async def read_upload(request: Request, permit: Permit, *, max_bytes: int, max_i
         Overloaded: too many bytes are held already.
     """
     body = await _read_body(request, permit, max_bytes)
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "multipart/form-data":
+    form = media_type(request)
+    if form == MULTIPART:
         return _from_multipart(request.headers["content-type"], body, max_images)
-    if media_type == "application/json":
+    if form == JSON:
         return _from_json(body, max_images)
     # Anything else is one image: what it is decides its content, not its label. curl --data-binary without a header
     # says application/x-www-form-urlencoded, for one.
     return Upload([body], NO_FIELDS, several=False)
+
+
+def media_type(request: Request) -> str:
+    """What the request says its body is, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _read_body(request: Request, permit: Permit, max_bytes: int) -> bytes:

@@ -70,7 +70,7 @@ class CostCurve:
         self.fixed_s, self.per_image_s = fixed, slope
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Way:
     """How images of an operating point go through the stages."""
 
@@ -92,6 +92,7 @@ class StageCosts:
         self.max_batch_size = max_batch_size
         self._seen = [float(PRIOR_IMAGES)] * len(self.curves)
         self._gone_on = [float(PRIOR_IMAGES)] * len(self.curves)
+        self._remaining: dict[Way, list[float]] = {}  # since the last run; every request asks
 
     def observe(self, stage: int, images: int, seconds: float, going_on: int) -> None:
         """One more run, and how many of its images the next stage gets."""
@@ -99,6 +100,7 @@ class StageCosts:
         kept = SHARE_DECAY**images
         self._seen[stage] = kept * self._seen[stage] + images
         self._gone_on[stage] = kept * self._gone_on[stage] + going_on
+        self._remaining.clear()
 
     def run_s(self, stage: int, images: int) -> float:
         """What a run takes."""
@@ -106,11 +108,14 @@ class StageCosts:
 
     def remaining_s(self, way: Way) -> list[float]:
         """What an image costs an instance from each stage on, in full batches and as images have gone on lately."""
+        if (known := self._remaining.get(way)) is not None:
+            return known
         costs = [0.0] * len(self.curves)
         for stage in reversed(range(len(self.curves))):
             costs[stage] = self.run_s(stage, self.max_batch_size) / self.max_batch_size
             if (after := way.after[stage]) is not None:
                 costs[stage] += self._going_on(stage, way) * costs[after]
+        self._remaining[way] = costs
         return costs
 
     def path_s(self, way: Way, images: int) -> float:

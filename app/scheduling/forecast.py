@@ -17,7 +17,8 @@ from typing import Protocol
 QUANTILE = 0.995  # of the errors: some of the one in a hundred is left for what no error shows
 WINDOW = 512  # answers
 MAX_AGE_S = 10.0  # of an answer: whoever is refused teaches nothing, so that too much care must end by itself
-REFRESH = 8  # answers until both are looked up again, and below which nothing is said
+REFRESH = 32  # answers until both are looked up again
+MIN_ANSWERS = 8
 MAX_FACTOR = 4.0
 
 
@@ -64,7 +65,7 @@ class Correction:
         """One more answer."""
         self._answers.append((self._clock(), predicted_s, took_s))
         self._since += 1
-        if self._since >= REFRESH:
+        if self._since >= REFRESH or len(self._answers) <= MIN_ANSWERS:
             self._refresh()
 
     @property
@@ -89,7 +90,7 @@ class Correction:
         while self._answers and self._answers[0][0] < oldest:
             self._answers.popleft()
         predicted_s, took_s = (sum(answer[part] for answer in self._answers) for part in (1, 2))
-        known = len(self._answers) >= REFRESH and predicted_s > 0
+        known = len(self._answers) >= MIN_ANSWERS and predicted_s > 0
         self._factor = min(max(took_s / predicted_s, 1 / MAX_FACTOR), MAX_FACTOR) if known else 1.0
         errors = sorted(took - self._factor * predicted for _, predicted, took in self._answers)
         self._margin_s = max(0.0, errors[math.ceil(QUANTILE * len(errors)) - 1]) if errors else 0.0
@@ -123,9 +124,9 @@ class Forecast:
         before_s, own_s = self._computing.outlook(waiting, point)
         return max(decode_s, before_s) + own_s
 
-    def expected_s(self, images: int, point: int) -> float:
+    def expected_s(self, predicted_s: float) -> float:
         """The same as the last answers have it: as likely sooner as later."""
-        return self._correction.factor * self.predict_s(images, point)
+        return self._correction.factor * predicted_s
 
     def needed_s(self, predicted_s: float) -> float:
         """What must be left of a time budget: one answer in two hundred comes later."""

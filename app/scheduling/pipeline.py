@@ -105,13 +105,12 @@ class StagedPipeline:
         """
         way, instances = self._ways[point], self._instances
         costs = self.costs.remaining_s(way)
-        waiting = [len(batcher) for batcher in self._batchers]
-        waiting[way.first] += more
-        batch = min(waiting[way.first], self.costs.max_batch_size)
-        waiting[way.first] -= batch
-        before = (count + 0.5 * running for count, running in zip(waiting, self._running, strict=True))
-        before_s = sum(count * cost for count, cost in zip(before, costs, strict=True)) / instances
-        return before_s, self.costs.path_s(way, batch)
+        before_s = 0.0
+        for batcher, running, cost in zip(self._batchers, self._running, costs, strict=True):
+            before_s += (len(batcher) + 0.5 * running) * cost
+        batch = min(len(self._batchers[way.first]) + more, self.costs.max_batch_size)
+        before_s += (more - batch) * costs[way.first]
+        return max(0.0, before_s) / instances, self.costs.path_s(way, batch)
 
     def put(self, pixels: Array, future: asyncio.Future[PipelineResult], point: int = 0, deadline: float = math.inf) -> None:
         """Take one image through the stages it needs; cancelling the future abandons it.

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from app.errors import DeadlineExceeded, InvalidRequest, ServiceError
 from app.http.errors import describe_validation, problem_responses
 from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
-from app.http.uploads import read_upload
+from app.http.uploads import FORMS, media_type, read_upload
 from app.log import request_id
 from app.metrics import Metrics
 from app.quality import Rung
@@ -188,44 +188,43 @@ async def classify(
     asked_ms = _either("timeout_ms", timeout_ms, _from_header(request), "header")
     if asked_ms is not None:
         budget.shorten(asked_ms / 1000)  # the upload is part of it
+    choice = None
     with service.admission.admit() as permit:
-        if _says_all_in_its_head(request):  # then what comes too late need not be read
+        if _is_one_image(request):  # all that it asks for stands in its head, so what comes too late need not be read
             chosen = service.registry.get(model, version)
             request.state.model_label = chosen.manifest.name
             budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
-            chosen.choose(quality, min_quality, budget_s=budget.left_s)
+            choice = chosen.choose(quality, min_quality, budget_s=budget.left_s)
         upload = await read_upload(
             request, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
         )
         if state.quotas is not None:
             state.quotas.take(request.headers.get(settings.quotas.header, ""), len(upload.images))
-        fields = upload.fields
-        chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
-        request.state.model_label = chosen.manifest.name
-        wanted = _either("top_k", top_k, fields.top_k)
-        if wanted is None:
-            wanted = min(DEFAULT_TOP_K, len(chosen.labels))
-        asked_ms = _either("timeout_ms", asked_ms, fields.timeout_ms)
-        budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
-        rung = chosen.choose(
-            _either("quality", quality, fields.quality),
-            _either("min_quality", min_quality, fields.min_quality),
-            images=len(upload.images),
-            budget_s=budget.left_s,
-        )
+        if choice is None:
+            fields = upload.fields
+            chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
+            request.state.model_label = chosen.manifest.name
+            top_k = _either("top_k", top_k, fields.top_k)
+            budget.shorten(_budget_s(settings, chosen.manifest.name, _either("timeout_ms", asked_ms, fields.timeout_ms)))
+            choice = chosen.choose(
+                _either("quality", quality, fields.quality),
+                _either("min_quality", min_quality, fields.min_quality),
+                images=len(upload.images),
+                budget_s=budget.left_s,
+            )
         classified = service.classify(
             upload.images,
             permit,
             model=chosen,
-            top_k=wanted,
-            rung=rung,
+            top_k=min(DEFAULT_TOP_K, len(chosen.labels)) if top_k is None else top_k,
+            choice=choice,
             deadline=budget.deadline,
             started=request.state.started,
         )
         answers = await _while_connected(request, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
         raise answers[0]
-    return _answer(chosen, rung, answers)
+    return _answer(chosen, choice.rung, answers)
 
 
 def _answer(model: LoadedModel, rung: Rung, answers: list[Prediction | ServiceError]) -> Response:
@@ -280,9 +279,8 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             watcher.cancel()
 
 
-def _says_all_in_its_head(request: Request) -> bool:
-    kind = request.headers.get("content-type", "")
-    return not kind.startswith(("multipart/", "application/json"))
+def _is_one_image(request: Request) -> bool:
+    return media_type(request) not in FORMS
 
 
 def _from_header(request: Request) -> int | None:
