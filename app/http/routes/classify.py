@@ -116,7 +116,7 @@ router = APIRouter(tags=["classify"], route_class=_DirectRoute)
 DEFAULT_TOP_K = 5
 UNKNOWN_MODEL = "unknown"  # the metrics' label of a request that named no model of ours: never the client's own words
 TIMEOUT_HEADER = "x-request-timeout-ms"
-WATCH_AFTER_S = 0.1  # of work before anyone looks whether the client is still there
+WATCH_AFTER_S = 0.02  # of work before anyone looks whether the client is still there
 T = TypeVar("T")
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
