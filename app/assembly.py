@@ -189,7 +189,12 @@ def _start_model(
         floor = _point(ladder, "MIN_QUALITY", runtime.min_quality, manifest.name)
         if floor < default_point:
             raise StartupError(f"FOVEA_RUNTIME__MIN_QUALITY ({runtime.min_quality}) is above the quality {runtime.quality}")
-    pool = BackendPool(opened.backends, opened.wide)
+    pool = BackendPool(
+        opened.backends,
+        opened.wide,
+        run_timeout_s=runtime.run_timeout_s,
+        replaced=metrics.runs_given_up.labels(manifest.name),
+    )
     pipeline = StagedPipeline(
         pool,
         ExitPolicy(variant.exits, ladder.thresholds),

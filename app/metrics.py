@@ -75,6 +75,12 @@ class Metrics:
         self.stage_failures = Counter(
             "fovea_stage_failures", "Executions of this stage that failed.", ["model", "stage"], registry=registry
         )
+        self.runs_given_up = Counter(
+            "fovea_runs_given_up",
+            "Executions that did not end; after eight the model is not ready any more.",
+            ["model"],
+            registry=registry,
+        )
         self.exits = Counter("fovea_exits", "Images that left after this stage.", ["model", "stage"], registry=registry)
         self.answered = Counter(
             "fovea_answered",

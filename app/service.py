@@ -133,7 +133,7 @@ class LoadedModel:
 
     @property
     def failed(self) -> bool:
-        return self.pipeline.failed
+        return self.pipeline.failed or self.pool.failed
 
     async def close(self) -> None:
         """Let work in flight finish, then end the threads."""

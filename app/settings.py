@@ -72,6 +72,9 @@ class RuntimeSettings(_Section):
     )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")
+    run_timeout_s: PositiveFloat = Field(
+        60.0, description="A run of a stage that takes longer is given up: its images fail and its instance gets a new thread."
+    )
     lone_threads: int = Field(
         0,
         ge=0,

@@ -49,12 +49,12 @@ class Job:
         started = time.perf_counter()
         try:
             return call(), None
-        except StopIteration as raised:  # a future refuses it
-            error = RuntimeError("the function raised StopIteration")
-            error.__cause__ = raised
-            return None, error
-        except BaseException as raised:  # whatever it is, the caller must see it, or it would wait for ever
-            return None, raised
+        except Exception as raised:  # whatever it is, the caller must see it, or it would wait for ever
+            if not isinstance(raised, StopIteration):
+                return None, raised
+            return None, _wrapped(raised)  # a future refuses it
+        except BaseException as raised:  # meant to end this thread, not the loop and everybody with it
+            return None, _wrapped(raised)
         finally:
             self.seconds = time.perf_counter() - started
 
@@ -63,6 +63,12 @@ class Job:
         done = self._done
         if done is not None:
             done(result, error)
+
+
+def _wrapped(raised: BaseException) -> RuntimeError:
+    error = RuntimeError(f"the function raised {type(raised).__name__}")
+    error.__cause__ = raised
+    return error
 
 
 class Workers:
@@ -137,6 +143,12 @@ class Workers:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+
+    def abandon(self) -> None:
+        """Take no more jobs, and wait for nobody: a thread may be stuck in its call for ever."""
+        self._closed = True
+        for _ in self._threads:
+            self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -7,12 +7,20 @@ wide backend beside the instances' own: whoever is lent an instance while no oth
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
+from prometheus_client import Counter
+
+from app.errors import InferenceFailed
+from app.log import get_logger
 from app.runtime.backend import Backend
 from app.threads import Workers
 from app.types import Array, StageOutput, StageRun
+
+log = get_logger(__name__)
+
+MAX_GIVEN_UP = 8  # threads that may be stuck for ever: beyond it the process is not to be trusted any more
 
 
 class BackendPool:
@@ -21,13 +29,31 @@ class BackendPool:
     Args:
         backends: one per instance; the same one may stand several times where it may run on several threads.
         wide: for a batch that has the machine to itself; None: the instances' own.
+        run_timeout_s: a run that takes longer is given up, and its instance gets a new thread.
+        replaced: counts those.
     """
 
-    def __init__(self, backends: Sequence[Backend], wide: Backend | None = None) -> None:
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        wide: Backend | None = None,
+        *,
+        run_timeout_s: float | None = None,
+        replaced: Counter | None = None,
+    ) -> None:
         if not backends:
             raise ValueError("a pool needs at least one backend")
         self._backends = tuple(dict.fromkeys([*backends, *([] if wide is None else [wide])]))
-        self._instances = [_Instance(backend, wide or backend, index) for index, backend in enumerate(backends)]
+        self._replaced = 0
+
+        def give_up() -> None:
+            self._replaced += 1
+            if replaced is not None:
+                replaced.inc()
+
+        self._instances = [
+            _Instance(backend, wide or backend, index, run_timeout_s, give_up) for index, backend in enumerate(backends)
+        ]
         self._idle = list(self._instances)
         # A fair semaphore, not an asyncio.Queue of instances: there the loop that returns one takes it again before
         # the waiting loop has woken, and the later stages starve.
@@ -36,6 +62,11 @@ class BackendPool:
     @property
     def num_instances(self) -> int:
         return len(self._instances)
+
+    @property
+    def failed(self) -> bool:
+        """So many runs never ended that a restart is the better way."""
+        return self._replaced >= MAX_GIVEN_UP
 
     def slot(self) -> AbstractAsyncContextManager[StageRun]:
         """Wait for a free instance and borrow it."""
@@ -71,13 +102,30 @@ class _Slot(AbstractAsyncContextManager[StageRun]):
 
 
 class _Instance:
-    def __init__(self, backend: Backend, wide: Backend, index: int) -> None:
+    def __init__(
+        self, backend: Backend, wide: Backend, index: int, run_timeout_s: float | None, on_given_up: Callable[[], None]
+    ) -> None:
         self._backend = backend
         self._wide = wide
+        self._index = index
+        self._run_timeout_s = run_timeout_s
+        self._on_given_up = on_given_up
         self.thread = Workers(1, f"instance-{index}")
 
     async def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        return await self.thread.run(self._backend.run, stage, inputs)
+        return await self._run(self._backend, stage, inputs)
 
     async def run_alone(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        return await self.thread.run(self._wide.run, stage, inputs)
+        return await self._run(self._wide, stage, inputs)
+
+    async def _run(self, backend: Backend, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        try:
+            async with asyncio.timeout(self._run_timeout_s):
+                return await self.thread.run(backend.run, stage, inputs)
+        except TimeoutError as error:
+            # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
+            log.error("a run did not end and was given up", stage=stage, seconds=self._run_timeout_s)
+            self.thread.abandon()
+            self.thread = Workers(1, f"instance-{self._index}")
+            self._on_given_up()
+            raise InferenceFailed(f"the run of stage {stage} did not end within {self._run_timeout_s:g} s") from error

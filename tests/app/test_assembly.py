@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,9 +203,9 @@ async def test_instances_share_sessions_only_with_one_thread_each(
     pools: list[list[OrtBackend]] = []
 
     class WatchedPool(assembly.BackendPool):
-        def __init__(self, backends: tuple[OrtBackend, ...], wide: OrtBackend | None) -> None:
+        def __init__(self, backends: tuple[OrtBackend, ...], wide: OrtBackend | None, **options: Any) -> None:
             pools.append(list(backends))
-            super().__init__(backends, wide)
+            super().__init__(backends, wide, **options)
             assert wide is None  # so small a network is fast enough alone
 
     monkeypatch.setattr(assembly, "BackendPool", WatchedPool)
