@@ -33,7 +33,6 @@ from models.manifest import PIXELS
 log = get_logger(__name__)
 
 MIN_AUTO_IN_FLIGHT = 256  # images
-CALM = 0.25  # of the time to an answer above which quality is bent: below it, it may be raised again
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +205,7 @@ def _start_model(
         max_queue_delay_s=settings.batching.max_queue_delay_s,
         run_times=opened.run_times,
     )
-    high_s = runtime.bend_above_ms / 1000
-    quality = QualityController(ladder, default=default_point, floor=floor, high_s=high_s, low_s=CALM * high_s)
+    quality = QualityController(ladder, default=default_point, floor=floor)
     forecast = Forecast(decoders, pipeline, lag)
     metrics.steps_down.labels(manifest.name).set_function(lambda: quality.steps_down)
     metrics.expected.labels(manifest.name).set_function(lambda: forecast.needed_s(forecast.predict_s(1, quality.current)))
@@ -228,6 +226,7 @@ def _start_model(
         ladder=ladder,
         default_point=default_point,
         quality=quality,
+        bend_above_s=runtime.bend_above_ms / 1000,
         pipeline=pipeline,
         forecast=forecast,
         pool=pool,

@@ -12,6 +12,7 @@ from models.manifest import BALANCED, FULL, Certificate, VariantSpec
 
 DOWN_AFTER_S = 0.1  # of a long wait without a break; what a step changes is seen after a few batches
 UP_AFTER_S = 2.0
+CALM = 0.25
 MAX_UP_AFTER_S = 32.0  # after a step up that had to be taken back the next one waits twice as long, up to this
 
 
@@ -88,8 +89,6 @@ class QualityController:
         ladder: of the model.
         default: the point of requests that name none.
         floor: the last one that they are taken down to; the default itself: nothing is bent.
-        high_s: an expected wait that stays above it for `DOWN_AFTER_S` takes one step down, and another after as long.
-        low_s: a wait that stays below it for a while (`UP_AFTER_S`) takes one step up.
     """
 
     def __init__(
@@ -98,14 +97,11 @@ class QualityController:
         *,
         default: int,
         floor: int,
-        high_s: float,
-        low_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ladder = ladder
         self._default = default
         self._floor = max(default, floor)
-        self._high_s, self._low_s = high_s, low_s
         self._clock = clock
         self._current = default
         self._stepped_at = self._not_low_at = clock()
@@ -123,10 +119,13 @@ class QualityController:
         """How far below the default that is."""
         return self._current - self._default
 
-    def observe(self, wait_s: float) -> None:
-        """The wait that a request would have now."""
+    def observe(self, pressure: float) -> None:
+        """How long a request would wait now, as a share of what is bearable.
+
+        Above 1 for `DOWN_AFTER_S` without a break: a step down, another after as long. Below `CALM` for `UP_AFTER_S`: one up.
+        """
         now = self._clock()
-        if wait_s > self._high_s:
+        if pressure > 1:
             self._not_low_at = now
             self._high_since = now if self._high_since is None else self._high_since
             if self._current < self._floor and now - max(self._stepped_at, self._high_since) >= DOWN_AFTER_S:
@@ -135,7 +134,7 @@ class QualityController:
                 self._current, self._stepped_at, self._raised_at = self._current + 1, now, -math.inf
         else:
             self._high_since = None
-            if wait_s > self._low_s:
+            if pressure > CALM:
                 self._not_low_at = now
         while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= self._up_after_s:
             self._current -= 1

@@ -40,6 +40,8 @@ from models.manifest import ModelManifest, PreprocessSpec
 
 log = get_logger(__name__)
 
+BEARABLE = 0.5  # of a request's time budget: beyond it, quality is bent
+MIN_BUDGET_S = 0.02  # for that
 MAX_RESULT_DELAY_S = 0.004  # of a decoded image while others wait to be decoded: two or three small ones come in together
 
 
@@ -63,6 +65,7 @@ class LoadedModel:
     ladder: Ladder
     default_point: int  # of the ladder
     quality: QualityController
+    bend_above_s: float
     pipeline: StagedPipeline
     forecast: Forecast
     pool: BackendPool
@@ -116,7 +119,7 @@ class LoadedModel:
         forecast = self.forecast
         asked = self.quality.current
         predicted_s = forecast.predict_s(images, asked)
-        self.quality.observe(forecast.expected_s(predicted_s))
+        self.quality.observe(forecast.expected_s(predicted_s) / min(self.bend_above_s, BEARABLE * max(budget_s, MIN_BUDGET_S)))
         point, last = self.quality.range(wanted, floor)
         if point != asked:
             predicted_s = forecast.predict_s(images, point)

@@ -68,7 +68,9 @@ class RuntimeSettings(_Section):
         "unset: the last of which it is proved what it costs. The same as runtime.quality: none is.",
     )
     bend_above_ms: PositiveFloat = Field(
-        200.0, description="Expected time to an answer above which requests are taken down a point, in milliseconds."
+        200.0,
+        description="Expected time to an answer above which requests are taken down a point, in milliseconds; "
+        "or half their time budget.",
     )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")

@@ -93,15 +93,15 @@ def clock() -> Clock:
 
 
 def controller(clock: Clock, *, default: int = 0, floor: int = 2) -> QualityController:
-    return QualityController(Ladder(variant(FAST)), default=default, floor=floor, high_s=0.1, low_s=0.025, clock=clock)
+    return QualityController(Ladder(variant(FAST)), default=default, floor=floor, clock=clock)
 
 
 def press(quality: QualityController, clock: Clock, steps: int) -> None:
     """A long wait for long enough."""
-    quality.observe(0.2)
+    quality.observe(2.0)
     for _ in range(steps):
         clock.advance(2 * DOWN_AFTER_S)
-        quality.observe(0.2)
+        quality.observe(2.0)
 
 
 def test_the_ladder_is_only_gone_down_as_far_as_it_is_proved() -> None:
@@ -115,8 +115,8 @@ def test_quality_goes_down_step_by_step_and_not_below_the_floor(clock: Clock) ->
     quality = controller(clock, floor=2)
     seen = []
     for _ in range(5):
-        quality.observe(0.2)
-        quality.observe(0.2)  # too early for another step
+        quality.observe(2.0)
+        quality.observe(2.0)  # too early for another step
         seen.append(quality.current)
         clock.advance(2 * DOWN_AFTER_S)
     assert seen == [0, 1, 2, 2, 2]
@@ -133,12 +133,12 @@ def test_quality_comes_back_when_it_has_been_calm_for_a_while(clock: Clock) -> N
     assert quality.current == 2
     for _ in range(10):
         clock.advance(UP_AFTER_S / 2)
-        quality.observe(0.05)  # neither long nor short
+        quality.observe(0.5)  # neither long nor short
     assert quality.current == 2
     found = []
     for _ in range(5):
         clock.advance(UP_AFTER_S / 2)
-        quality.observe(0.01)
+        quality.observe(0.1)
         found.append(quality.current)
     assert found == [2, 1, 1, 0, 0]
     press(quality, clock, 2)
@@ -195,7 +195,7 @@ def test_one_long_wait_among_short_ones_changes_nothing(clock: Clock) -> None:
     quality = controller(clock)
     for _ in range(20):
         clock.advance(DOWN_AFTER_S)
-        quality.observe(0.2)
+        quality.observe(2.0)
         clock.advance(DOWN_AFTER_S)
-        quality.observe(0.09)
+        quality.observe(0.9)
     assert quality.current == 0

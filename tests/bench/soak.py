@@ -1,7 +1,7 @@
 """Half an hour of everything at once: `python -m tests.bench.soak --images DIR --minutes 30`.
 
-Poisson load whose callers sometimes leave, multipart and JSON requests, broken and hostile images, bodies that end in the middle
-and bodies that come a byte at a time. Watched from outside: memory, file descriptors, threads, what was answered; afterwards
+Poisson load whose callers sometimes leave, multipart and JSON requests, broken and hostile images, bodies that end halfway and
+bodies that come a byte at a time. Watched from outside: memory, file descriptors, threads, what was answered; afterwards
 nothing may be in flight, and memory after the fifth minute may have grown by less than 3 %.
 """
 
