@@ -232,13 +232,18 @@ class InferenceService:
         begun = time.perf_counter()
         started = begun if started is None else started
         terms = _Terms(model, top_k, choice.rung.index, deadline, started)
+        answers: list[Prediction | ServiceError] = []
         try:
             if len(images) == 1:
-                return [await self._classify_one(images[0], terms)]
-            return await asyncio.gather(*(self._classify_one(image, terms) for image in images))
+                answers = [await self._classify_one(images[0], terms)]
+            else:
+                answers = await asyncio.gather(*(self._classify_one(image, terms) for image in images))
+            return answers
         finally:
-            # Also what took too long teaches: it took at least so long.
-            model.forecast.learn(choice.predicted_s, time.perf_counter() - begun)
+            # What ran out of time teaches that it takes at least so long; who left, or sent what is no image, teaches nothing.
+            now = time.perf_counter()
+            if now >= deadline or any(isinstance(answer, Prediction) for answer in answers):
+                model.forecast.learn(choice.predicted_s, now - begun)
 
     async def close(self) -> None:
         """Refuse new requests, let those in flight finish, free everything."""

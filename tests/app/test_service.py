@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -172,3 +173,32 @@ def test_every_error_has_an_outcome() -> None:
         found[cls.code] = outcome_of(error)
     assert expected == found
     assert set(expected.values()) | {"ok"} == set(OUTCOMES)
+
+
+async def test_only_what_was_answered_or_ran_out_of_time_teaches_the_forecast(
+    gate: Gate, service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller who left early, or an image that could not be read, would make the next promises too bold."""
+    model = service.registry.get()
+    taught: list[float] = []
+    monkeypatch.setattr(model.forecast, "learn", lambda _, took_s: taught.append(took_s))
+    await classify(service, b"text")
+    begun = len(gate.batches)
+    with gate.held():
+        async with in_background(classify(service, JPEG)) as (left,):
+            await gate.began(begun + 1)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+        assert taught == []
+        with service.admission.admit() as permit:
+            deadline = time.perf_counter() + 0.01
+            late = asyncio.ensure_future(service.classify([JPEG], permit, model=model, deadline=deadline))
+            await asyncio.sleep(0.02)
+            late.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await late
+    (took_s,) = taught
+    assert took_s > 0.01
+    await classify(service, b"text", JPEG)
+    assert len(taught) == 2

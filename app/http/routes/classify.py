@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from app.errors import DeadlineExceeded, InvalidRequest, ServiceError
 from app.http.errors import describe_validation, problem_responses
 from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
+from app.http.time_budget import TimeBudget, budget_s, timeout_header
 from app.http.uploads import FORMS, media_type, read_upload
 from app.log import request_id
 from app.metrics import Metrics
@@ -39,7 +40,7 @@ async def _handle(request: Request) -> Response:
     metrics: Metrics = request.app.state.metrics
     longest_s: float = request.app.state.settings.http.request_timeout_s
     request.state.started = started = time.perf_counter()
-    request.state.budget = budget = _Budget(longest_s, started)
+    request.state.budget = budget = TimeBudget(longest_s, started)
     request.state.model_label = UNKNOWN_MODEL
     outcome = "failed"
     try:
@@ -61,43 +62,6 @@ async def _handle(request: Request) -> Response:
         metrics.request_duration.labels(label).observe(time.perf_counter() - started)
 
 
-class _Budget:
-    """The time of one request: at first the longest there is, until its model and what it asks for are known."""
-
-    def __init__(self, longest_s: float, started: float) -> None:
-        self.seconds = longest_s
-        self.timer: asyncio.Timeout | None = None
-        self._started = started
-
-    @property
-    def deadline(self) -> float:
-        """By `time.perf_counter`."""
-        return self._started + self.seconds
-
-    @property
-    def left_s(self) -> float:
-        return self.deadline - time.perf_counter()
-
-    def shorten(self, seconds: float) -> None:
-        """Where it is less."""
-        if seconds < self.seconds and self.timer is not None:
-            self.seconds = seconds
-            self.timer.reschedule(asyncio.get_running_loop().time() + self.left_s)
-
-
-def _budget_s(settings: Settings, model: str, timeout_ms: int | None) -> float:
-    longest_s = settings.http.request_timeout_s
-    ours = settings.deadlines.models.get(model)
-    if ours is not None and ours.max_ms is not None:
-        longest_s = min(longest_s, ours.max_ms / 1000)
-    if timeout_ms is not None:
-        if timeout_ms > 1000 * longest_s:
-            raise InvalidRequest(f"timeout_ms is {timeout_ms}; {model} takes at most {1000 * longest_s:g}")
-        return timeout_ms / 1000
-    default_ms = ours.default_ms if ours is not None and ours.default_ms is not None else settings.deadlines.default_ms
-    return longest_s if default_ms is None else min(longest_s, default_ms / 1000)
-
-
 DIRECT = {("POST", "/v1/classify"): _handle}
 
 
@@ -115,7 +79,6 @@ router = APIRouter(tags=["classify"], route_class=_DirectRoute)
 
 DEFAULT_TOP_K = 5
 UNKNOWN_MODEL = "unknown"  # the metrics' label of a request that named no model of ours: never the client's own words
-TIMEOUT_HEADER = "x-request-timeout-ms"
 WATCH_AFTER_S = 0.02  # of work before anyone looks whether the client is still there
 T = TypeVar("T")
 
@@ -184,8 +147,8 @@ async def classify(
     state = request.app.state
     service: InferenceService = state.service
     settings: Settings = state.settings
-    budget: _Budget = request.state.budget
-    asked_ms = _either("timeout_ms", timeout_ms, _from_header(request), "header")
+    budget: TimeBudget = request.state.budget
+    asked_ms = _either("timeout_ms", timeout_ms, timeout_header(request), "header")
     if asked_ms is not None:
         budget.shorten(asked_ms / 1000)  # the upload is part of it
     choice = None
@@ -193,7 +156,7 @@ async def classify(
         if _is_one_image(request):  # all that it asks for stands in its head, so what comes too late need not be read
             chosen = service.registry.get(model, version)
             request.state.model_label = chosen.manifest.name
-            budget.shorten(_budget_s(settings, chosen.manifest.name, asked_ms))
+            budget.shorten(budget_s(settings, chosen.manifest.name, asked_ms))
             choice = chosen.choose(quality, min_quality, budget_s=budget.left_s)
         upload = await read_upload(
             request, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
@@ -205,7 +168,7 @@ async def classify(
             chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
             request.state.model_label = chosen.manifest.name
             top_k = _either("top_k", top_k, fields.top_k)
-            budget.shorten(_budget_s(settings, chosen.manifest.name, _either("timeout_ms", asked_ms, fields.timeout_ms)))
+            budget.shorten(budget_s(settings, chosen.manifest.name, _either("timeout_ms", asked_ms, fields.timeout_ms)))
             choice = chosen.choose(
                 _either("quality", quality, fields.quality),
                 _either("min_quality", min_quality, fields.min_quality),
@@ -281,15 +244,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 def _is_one_image(request: Request) -> bool:
     return media_type(request) not in FORMS
-
-
-def _from_header(request: Request) -> int | None:
-    value = request.headers.get(TIMEOUT_HEADER)
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdecimal() and 0 < len(value) < 10 and int(value)):
-        raise InvalidRequest(f"{TIMEOUT_HEADER} is {value!r}; it must be a whole number of milliseconds, at least 1")
-    return int(value)
 
 
 def _either(name: str, query: T | None, other: T | None, where: str = "body") -> T | None:

@@ -27,7 +27,7 @@ export function answerParts({ answer, result, roundTrip }) {
   const way = make("div", {}, ...exitParts(result.exit ?? {}, timings.stages ?? []), ...timeParts(timings, roundTrip));
   return [
     make("div", { className: "answer" }, labels, way),
-    footer({ model: answer.model, version: answer.version, variant: answer.variant, requestId: answer.request_id }),
+    footer({ model: answer.model, version: answer.version, variant: answer.variant, quality: answer.quality, requestId: answer.request_id }),
   ];
 }
 
@@ -101,8 +101,8 @@ function timeParts(timings, roundTrip) {
   return [title, drawn, legend];
 }
 
-export function footer({ model, version, variant, code, requestId }) {
-  const said = [model && `${model}${isNumber(version) ? ` v${version}` : ""}`, variant].filter(Boolean).join(", ");
+export function footer({ model, version, variant, quality, code, requestId }) {
+  const said = [model && `${model}${isNumber(version) ? ` v${version}` : ""}`, variant, quality && `quality ${quality}`].filter(Boolean).join(", ");
   const foot = make("p", { className: "card-foot" });
   if (said) foot.append(said);
   for (const [name, value] of [["code", code], ["request", requestId]]) {
