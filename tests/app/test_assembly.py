@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from io import BytesIO
 from pathlib import Path
@@ -28,6 +28,7 @@ from app.service import InferenceService
 from app.settings import BatchingSettings, LimitSettings, RepositorySettings, RuntimeSettings, Settings
 from app.types import Prediction
 from models.manifest import PIXELS, ExitSpec, ModelManifest
+from tests.app.http.served import make_settings
 
 pytestmark = pytest.mark.anyio
 NAME = "test_vit"
@@ -329,3 +330,38 @@ def _sha256(path: Path) -> str:
     from exporters.publishing import checksums
 
     return checksums(path.parent)[path.name]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "deadlines", "words"),
+    [
+        ({"quality": "best"}, {}, "FOVEA_RUNTIME__QUALITY is 'best'; test_vit has full, balanced"),
+        ({"min_quality": "worst"}, {}, "FOVEA_RUNTIME__MIN_QUALITY is 'worst'; test_vit has full, balanced"),
+        ({"quality": "balanced", "min_quality": "full"}, {}, "MIN_QUALITY .full. is above the quality balanced"),
+        ({}, {"models": {"other": {"default_ms": 5}}}, "FOVEA_DEADLINES__MODELS names other; there are test_vit"),
+    ],
+)
+async def test_what_no_model_has_is_refused_at_start(
+    tiny_repository: Path, metrics: Metrics, runtime: dict[str, Any], deadlines: dict[str, Any], words: str
+) -> None:
+    """With the names there are."""
+    settings = make_settings(tiny_repository, runtime=runtime, deadlines=deadlines)
+    with pytest.raises(StartupError, match=words):
+        await open_service(settings, metrics)
+
+
+@pytest.mark.parametrize(("lone_threads", "gain", "wide"), [(0, 1.5, True), (3, 1.5, True), (1, 1.5, False), (0, 1.1, False)])
+async def test_a_lone_batch_gets_a_wide_backend_where_it_is_worth_it(
+    tiny_repository: Path, metrics: Metrics, monkeypatch: pytest.MonkeyPatch, lone_threads: int, gain: float, wide: bool
+) -> None:
+    """Unless it is switched off; what is not worth it is not kept."""
+
+    def lone_gain(_: object, open_wide: Callable[[], OrtBackend], __: object) -> tuple[float, OrtBackend | None]:
+        return gain, open_wide() if gain > 1.25 else None
+
+    monkeypatch.setattr(assembly, "lone_gain", lone_gain)
+    settings = make_settings(tiny_repository, runtime={"instances": 2, "lone_threads": lone_threads})
+    service = await open_service(settings, metrics)
+    (instance, _) = service.registry.get().pool._instances
+    assert (instance._wide is not instance._backend) == wide
+    await service.close()
