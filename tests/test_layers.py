@@ -175,3 +175,16 @@ def test_the_manifest_pulls_no_torch() -> None:
         "others = {name for name in sys.modules if name.startswith('models.')} - {'models.manifest'}\n"
         "assert not others, others\n"
     )
+
+
+def test_the_service_only_looks_at_clocks_that_nobody_can_set() -> None:
+    """Deadlines, costs and quotas would jump with the others."""
+    allowed = {"perf_counter", "monotonic"}
+    for path in sorted((ROOT / "app").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":
+                assert node.attr in allowed, f"{path.name}:{node.lineno}: time.{node.attr}"
+            if isinstance(node, ast.Import):
+                assert not any(alias.name == "datetime" for alias in node.names), path.name
+            if isinstance(node, ast.ImportFrom):
+                assert node.module not in ("time", "datetime"), path.name
