@@ -50,9 +50,7 @@ class LimitSettings(_Section):
 
 
 class BatchingSettings(_Section):
-    max_batch_size: PositiveInt = Field(
-        8, description="Most images in one run of a stage; fewer, where larger batches gain nothing."
-    )
+    max_batch_size: PositiveInt = Field(8, description="Most images in one run of a stage.")
     max_queue_delay_s: NonNegativeFloat = Field(
         0.0, description="Longest wait for a fuller batch while an instance is free, in seconds (docs/adr/0001)."
     )

@@ -24,7 +24,6 @@ class DynamicBatcher:
         executor: lends instances.
         execute: runs one batch; resolves or forwards every item of it, whatever happens, and never raises.
         max_batch_size: most items in one batch.
-        batch_size: how many of them are worth it now; None: as many as may be.
         max_queue_delay_s: longest wait for a fuller batch after the first item was queued; 0 does not wait.
         queue_size: gauge of the items that wait.
         skipped: counter of items whose caller had gone.
@@ -43,7 +42,6 @@ class DynamicBatcher:
         skipped: Counter,
         expired: Counter,
         least_s: Least | None = None,
-        batch_size: Callable[[], int] | None = None,
     ) -> None:
         self._executor = executor
         self._execute = execute
@@ -52,7 +50,6 @@ class DynamicBatcher:
         self._skipped = skipped
         self._expired = expired
         self._least_s = least_s
-        self._batch_size = batch_size
         self._items: deque[WorkItem] = deque()
         queue_size.set_function(self._items.__len__)  # looked up when somebody asks, not set for every item
         self._not_empty = asyncio.Event()
@@ -90,9 +87,8 @@ class DynamicBatcher:
 
     def _take(self) -> list[WorkItem]:
         batch: list[WorkItem] = []
-        most = self._max_batch_size if self._batch_size is None else min(self._batch_size(), self._max_batch_size)
-        now, size = time.perf_counter(), min(len(self._items), most)
-        while self._items and len(batch) < most:
+        now, size = time.perf_counter(), min(len(self._items), self._max_batch_size)
+        while self._items and len(batch) < self._max_batch_size:
             item = self._items.popleft()
             if item.abandoned:
                 self._skipped.inc()

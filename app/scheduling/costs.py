@@ -8,7 +8,6 @@ batch of one while all batches are full.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from app.types import RunTime
 
 HALF_LIFE = 64  # runs
 SHARE_HALF_LIFE = 256  # images
-BATCH_SLACK = 0.05  # an image may cost so much more than in an endless batch, for a shorter run
 PRIOR_IMAGES = 8  # that went on everywhere, as long as few have been seen
 DECAY, SHARE_DECAY = 0.5 ** (1 / HALF_LIFE), 0.5 ** (1 / SHARE_HALF_LIFE)
 
@@ -104,13 +102,6 @@ class StageCosts:
         self._gone_on[stage] = kept * self._gone_on[stage] + going_on
         self._remaining.clear()
 
-    def batch_size(self, stage: int) -> int:
-        """The smallest batch in which an image costs nearly as little as it can; a longer run only makes everybody wait."""
-        curve = self.curves[stage]
-        if curve.fixed_s >= BATCH_SLACK * self.max_batch_size * curve.per_image_s:  # also while nothing is known
-            return self.max_batch_size
-        return max(1, math.ceil(curve.fixed_s / (BATCH_SLACK * curve.per_image_s)))
-
     def run_s(self, stage: int, images: int) -> float:
         """What a run takes."""
         return self.curves[stage].seconds(images)
@@ -121,18 +112,17 @@ class StageCosts:
             return known
         costs = [0.0] * len(self.curves)
         for stage in reversed(range(len(self.curves))):
-            batch = self.batch_size(stage)
-            costs[stage] = self.run_s(stage, batch) / batch
+            costs[stage] = self.run_s(stage, self.max_batch_size) / self.max_batch_size
             if (after := way.after[stage]) is not None:
                 costs[stage] += self._going_on(stage, way) * costs[after]
         self._remaining[way] = costs
         return costs
 
     def path_s(self, way: Way, images: int) -> float:
-        """How long an image is computed on its way, in batches of so many, or of fewer where that is as good."""
+        """How long an image is computed on its way, in batches of so many."""
         total, reaching, stage = 0.0, 1.0, way.first
         while True:
-            total += reaching * self.run_s(stage, min(images, self.batch_size(stage)))
+            total += reaching * self.run_s(stage, images)
             if (after := way.after[stage]) is None:
                 return total
             reaching *= self._going_on(stage, way)

@@ -72,7 +72,6 @@ class StagedPipeline:
                 skipped=metrics.skipped.labels(model, str(stage.index)),
                 expired=metrics.expired.labels(model, str(stage.index)),
                 least_s=partial(self._least_s, stage.index),
-                batch_size=partial(self.costs.batch_size, stage.index),
             )
             for stage in self._stages
         ]
@@ -109,7 +108,7 @@ class StagedPipeline:
         before_s = 0.0
         for batcher, running, cost in zip(self._batchers, self._running, costs, strict=True):
             before_s += (len(batcher) + 0.5 * running) * cost
-        batch = min(len(self._batchers[way.first]) + more, self.costs.batch_size(way.first))
+        batch = min(len(self._batchers[way.first]) + more, self.costs.max_batch_size)
         before_s += (more - batch) * costs[way.first]
         return max(0.0, before_s) / instances, self.costs.path_s(way, batch)
 

@@ -40,7 +40,6 @@ def make_batcher(
     max_batch_size: int = 4,
     max_queue_delay_s: float = 0.0,
     least_s: Callable[[WorkItem, int], float] | None = None,
-    batch_size: Callable[[], int] | None = None,
 ) -> DynamicBatcher:
     return DynamicBatcher(
         executor,
@@ -51,7 +50,6 @@ def make_batcher(
         skipped=metrics.skipped.labels("m", "0"),
         expired=metrics.expired.labels("m", "0"),
         least_s=least_s,
-        batch_size=batch_size,
     )
 
 
@@ -320,16 +318,3 @@ async def test_a_lone_item_is_measured_by_a_batch_of_one(metrics: Metrics) -> No
         await settle()
 
     assert executor.batches(STAGE) == [[5]]
-
-
-async def test_a_batch_is_no_larger_than_is_worth_it(metrics: Metrics) -> None:
-    """As it is when it is taken, and never larger than the most."""
-    executor = FakeExecutor()
-    sizes = iter((2, 9, 1, 1))
-    batcher = make_batcher(executor, metrics, max_batch_size=4, batch_size=lambda: next(sizes))
-    put(batcher, range(8))
-
-    async with running(batcher):
-        await settle()
-
-    assert executor.batches(STAGE) == [[0, 1], [2, 3, 4, 5], [6], [7]]

@@ -76,25 +76,3 @@ def test_an_operating_point_has_its_own_way() -> None:
     assert costs.remaining_s(all_of_it) == pytest.approx([0.111, 0.110, 0.100])
     beside = Way(first=0, after=(2, 2, None), nobody_leaves=(False, False, False))
     assert costs.path_s(beside, 1) == pytest.approx(0.001 + 0.1 * 0.100, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("fixed_s", "per_image_s", "size"),
-    [
-        (0.0, 0.0, 8),  # nothing is known
-        (0.010, 0.0, 8),
-        (0.0, 0.010, 1),
-        (0.002, 0.001, 8),
-        (0.001, 0.010, 2),
-        (0.0004, 0.010, 1),
-        (0.0034, 0.010, 7),
-        (0.0045, 0.010, 8),
-    ],
-)
-def test_batches_are_only_as_large_as_is_worth_it(fixed_s: float, per_image_s: float, size: int) -> None:
-    """An image costs at most a twentieth more than in an endless batch, or the batch is full."""
-    known = [RunTime(images, fixed_s + images * per_image_s) for images in (1, 8)] if fixed_s or per_image_s else []
-    costs = StageCosts([known], max_batch_size=8)
-    assert costs.batch_size(0) == size
-    if per_image_s:
-        assert size == 8 or costs.run_s(0, size) / size <= 1.05001 * per_image_s
