@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import StartupError
 from app.http.application import drain
@@ -49,6 +50,7 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
         proxy_headers=False,  # nothing here looks at the client's address
         timeout_graceful_shutdown=http.shutdown_timeout_s,
         server_header=False,
+        http=_Protocol,
         lifespan="off",  # ours, in `_DrainingServer.serve`
     )
     with _listen(http.host, http.port) as listener:
@@ -146,6 +148,15 @@ class _DrainingServer(uvicorn.Server):
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's; but where a body goes on after its answer, that forgets to end the connection when nothing more comes."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
 
 @contextmanager

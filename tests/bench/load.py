@@ -25,6 +25,7 @@ from tests.bench.http_client import Answer, Connection, Outcome, address, build_
 from tests.bench.load_result import LoadResult, Recorder, count_line
 
 DEFAULT_TIMEOUT_S = 60.0
+MAX_IDLE_S = 3.0  # servers end connections that idle, uvicorn after 5 s: a request sent just then would be lost
 REFUSED_PAUSE_S = 0.02  # before a closed loop asks again where no connection was accepted
 
 
@@ -126,7 +127,7 @@ async def open_loop(
     """
     host, port = address(url)
     payloads = [build_request(url, body, content_type) for body in bodies]
-    idle: list[Connection] = []
+    idle: list[tuple[Connection, float]] = []  # and since when
     permits = asyncio.Semaphore(max_connections)
     recorder = Recorder(time.monotonic(), keep_bodies)
     patience = np.random.default_rng(seed + 1)
@@ -135,8 +136,11 @@ async def open_loop(
         async with permits:
             connection: Connection | None = None
             while idle and connection is None:  # the last one used: the least likely to have been closed meanwhile
-                candidate = idle.pop()
-                connection = candidate if candidate.usable else None
+                candidate, since = idle.pop()
+                if time.monotonic() - since > MAX_IDLE_S:
+                    candidate.close()
+                elif candidate.usable:
+                    connection = candidate
             if connection is None:
                 opened = await connect(host, port, timeout_s=timeout_s, keep_bodies=keep_bodies)
                 if isinstance(opened, Outcome):
@@ -150,7 +154,7 @@ async def open_loop(
             answer = await connection.request(payloads[image], timeout_s=wait_s, give_up=leaves)
             recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
             if connection.usable:
-                idle.append(connection)
+                idle.append((connection, time.monotonic()))
 
     cpu_before_s = time.process_time()
     try:
@@ -161,7 +165,7 @@ async def open_loop(
                     await asyncio.sleep(wait_s)
                 group.create_task(one(number % len(payloads), due_at))
     finally:
-        for connection in idle:
+        for connection, _ in idle:
             connection.close()
         await asyncio.sleep(0)
     elapsed_s = time.monotonic() - recorder.started_at

@@ -119,7 +119,7 @@ class Nuisance:
                 time.sleep(0.1)
             answer = connection.recv(4096)
             self.counts[f"slow body {answer[9:12].decode()}"] += 1
-            if not answer.startswith(b"HTTP/1.1 504"):
+            if answer[9:12] not in (b"504", b"503"):  # out of time, or refused by its head alone
                 self.unexplained.append(f"slow body: {answer[:100]!r}")
 
     def _not_http(self, _: httpx.Client) -> None:

@@ -247,3 +247,14 @@ def test_a_small_body_that_nobody_wants_leaves_the_connection_as_it_is(connectio
         assert response.headers["connection"] is None
         response.read()
     assert_answers(connection)
+
+
+def test_a_connection_whose_body_nobody_wants_is_ended_when_nothing_more_comes(connection: socket.socket) -> None:
+    """As any other that idles, though its body came after the answer, and only in part."""
+    request = post(JPEG).replace(CLASSIFY.encode(), CLASSIFY.encode() + b"?model=nobody", 1)
+    head = len(request) - len(JPEG)
+    connection.sendall(request[:head])
+    response = read_answer(connection)
+    assert (response.status, problem_code(response)) == (404, "model_not_found")
+    connection.sendall(request[head:-1])
+    assert connection.recv(1) == b""
