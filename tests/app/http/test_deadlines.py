@@ -49,6 +49,7 @@ def expecting(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float) -
     """The model, which thinks that an answer takes so long."""
     model = served.service.registry.get()
     monkeypatch.setattr(model.forecast, "predict_s", lambda *_: seconds)
+    monkeypatch.setattr(model.forecast, "needed_s", lambda predicted_s: predicted_s)  # whatever this machine is busy with
     return model
 
 
@@ -184,6 +185,7 @@ async def test_quality_is_bent_before_a_request_is_refused(
     async with running(settings) as served:
         model = served.service.registry.get()
         monkeypatch.setattr(model.forecast, "predict_s", lambda _, point: (20.0, 5.0)[point])
+        monkeypatch.setattr(model.forecast, "needed_s", lambda predicted_s: predicted_s)
         began = len(gate.batches)
         with gate.held():
             async with in_background(served.classify(JPEG)) as (first,):
