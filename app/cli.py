@@ -225,6 +225,8 @@ async def _predict(
     service = await open_service(settings, Metrics(create_registry()))
     try:
         loaded = service.registry.get(model)
+        # Named, so that it is kept: what a long list of files makes of the machine is no reason to answer less well.
+        chosen = loaded.ladder[loaded.default_point].name if quality is None else quality
         # Enough to fill batches, few enough to show progress and to be admitted.
         workers = min(2 * settings.batching.max_batch_size, service.admission.max_images)
         answers: list[Prediction | ServiceError | None] = [None] * len(paths)
@@ -234,7 +236,7 @@ async def _predict(
 
             async def work() -> None:
                 for index, path in queue:
-                    answers[index] = await _classify_file(service, loaded, path, top_k, quality)
+                    answers[index] = await _classify_file(service, loaded, path, top_k, chosen)
                     progress.advance(task)
 
             await asyncio.gather(*(work() for _ in range(workers)))
@@ -249,7 +251,7 @@ async def _predict(
 
 
 async def _classify_file(
-    service: InferenceService, model: LoadedModel, path: Path, top_k: int, quality: str | None
+    service: InferenceService, model: LoadedModel, path: Path, top_k: int, quality: str
 ) -> Prediction | ServiceError:
     try:
         data = await asyncio.to_thread(path.read_bytes)

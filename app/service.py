@@ -119,7 +119,9 @@ class LoadedModel:
         forecast = self.forecast
         asked = self.quality.current
         predicted_s = forecast.predict_s(images, asked)
-        self.quality.observe(forecast.expected_s(predicted_s) / min(self.bend_above_s, BEARABLE * max(budget_s, MIN_BUDGET_S)))
+        # What others leave to wait for counts, not how much this request brings itself.
+        alone_s = predicted_s if images == 1 else forecast.predict_s(1, asked)
+        self.quality.observe(forecast.expected_s(alone_s) / min(self.bend_above_s, BEARABLE * max(budget_s, MIN_BUDGET_S)))
         point, last = self.quality.range(wanted, floor)
         if point != asked:
             predicted_s = forecast.predict_s(images, point)

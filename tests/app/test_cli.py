@@ -19,6 +19,7 @@ import structlog
 
 from app import __version__
 from app.cli import main
+from app.service import LoadedModel
 from models.manifest import MANIFEST_FILE
 from tests.images import make_jpeg, make_png, photo, truncated
 
@@ -332,3 +333,21 @@ def test_the_exporters_commands_hand_their_options_on(fovea: Fovea, command: str
     done = fovea(command, "--help")
     assert done.code == 0
     assert option in done.out
+
+
+@pytest.mark.parametrize(("arguments", "quality"), [((), "balanced"), (("--quality", "full"), "full")])
+def test_many_files_are_answered_at_the_quality_that_was_asked_for(
+    fovea: Fovea, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], quality: str
+) -> None:
+    """However long the list: nobody else waits, so nothing is to be bent for."""
+    chosen = LoadedModel.choose
+    named: list[str | None] = []
+
+    def choose(model: LoadedModel, quality: str | None = None, **options: object) -> object:
+        named.append(quality)
+        return chosen(model, quality, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LoadedModel, "choose", choose)
+    fovea("predict", str(folder), *arguments)
+    assert named
+    assert set(named) == {quality}

@@ -54,9 +54,12 @@ def expecting(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_request_says_how_long_it_may_take(tiny_repository: Path, gate: Gate, way: str) -> None:
+async def test_a_request_says_how_long_it_may_take(
+    tiny_repository: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     """And is told when that is over; its image is not computed any more."""
     async with running(make_settings(tiny_repository)) as served:
+        expecting(served, monkeypatch, 0.0)  # so that it is taken in
         began = len(gate.batches)
         with gate.held():
             # Whoever is on the instance keeps it; the one behind runs out of time.
@@ -198,3 +201,16 @@ async def test_quality_is_bent_before_a_request_is_refused(
                     gate.release()
                     answers = [check_answer(await each).quality for each in (first, patient, hasty)]
         assert answers == ["full", "full", "balanced"]
+
+
+async def test_many_images_in_one_request_are_no_pressure(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what waits in front of it is; or whoever sends large requests, one after the other, would be answered less well."""
+    settings = make_settings(tiny_repository, runtime={"quality": "full", "min_quality": "balanced"})
+    async with running(settings) as served:
+        model = served.service.registry.get()
+        monkeypatch.setattr(model.forecast, "predict_s", lambda images, _: 0.001 if images == 1 else 10.0 * images)
+        clock, ahead_s = model.quality._clock, 0.0
+        monkeypatch.setattr(model.quality, "_clock", lambda: clock() + ahead_s)
+        for _ in range(4):
+            ahead_s += 1
+            assert check_answer(await served.client.post("/v1/classify", files=as_files([JPEG] * 3)), 3).quality == "full"
