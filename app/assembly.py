@@ -41,6 +41,7 @@ class _Opened:
 
     stored: StoredModel
     choice: VariantChoice
+    per_core: bool  # each instance is one core of the CPU
     run_times: list[list[RunTime]]  # of each stage
     backends: tuple[OrtBackend, ...]  # one per instance
     wide: Backend | None
@@ -130,7 +131,8 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
         chosen if shared else _open_backend(stored, choice.name, profile, batch_size) for _ in range(profile.instances - 1)
     ]
     wide, lone_threads = None, 1
-    if shared and profile.instances > 1 and profile.target in ON_THE_CPU and settings.runtime.lone_threads != 1:
+    per_core = shared and profile.target in ON_THE_CPU
+    if per_core and profile.instances > 1 and settings.runtime.lone_threads != 1:
         lone_threads = settings.runtime.lone_threads or num_cpus()
         wide_profile = replace(profile, intra_op_threads=lone_threads, spinning=True)
         _, wide = lone_gain(chosen, lambda: _open_backend(stored, choice.name, wide_profile, batch_size), manifest.stages)
@@ -146,7 +148,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
         threads_alone=profile.intra_op_threads if wide is None else lone_threads,
         seconds=round(time.perf_counter() - started, 2),
     )
-    return _Opened(stored, choice, run_times, (chosen, *others), wide)
+    return _Opened(stored, choice, per_core, run_times, (chosen, *others), wide)
 
 
 def _open_backend(stored: StoredModel, variant: str, profile: TargetProfile, batch_size: int) -> OrtBackend:
@@ -204,9 +206,11 @@ def _start_model(
         max_batch_size=settings.batching.max_batch_size,
         max_queue_delay_s=settings.batching.max_queue_delay_s,
         run_times=opened.run_times,
+        spread=opened.per_core,
     )
+    decodes = opened.per_core and not settings.limits.decode_threads
     quality = QualityController(ladder, default=default_point, floor=floor)
-    forecast = Forecast(decoders, pipeline, lag)
+    forecast = Forecast(decoders, pipeline, lag, decodes=decodes)
     metrics.steps_down.labels(manifest.name).set_function(lambda: quality.steps_down)
     metrics.expected.labels(manifest.name).set_function(lambda: forecast.needed_s(forecast.predict_s(1, quality.current)))
     pipeline.start()
@@ -228,6 +232,7 @@ def _start_model(
         quality=quality,
         bend_above_s=runtime.bend_above_ms / 1000,
         pipeline=pipeline,
+        decodes=decodes,
         forecast=forecast,
         pool=pool,
         metrics=metrics,

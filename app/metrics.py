@@ -48,7 +48,8 @@ class Metrics:
         )
         self.phase_duration = Histogram(
             "fovea_phase_duration_seconds",
-            "Where an image's time goes: decode (with its wait for a thread), queue (for a batch), compute (its batch's run).",
+            "Where an image's time goes: decode (with its wait, where threads do only that), queue (for a batch), "
+            "compute (its batch's run).",
             ["model", "phase"],
             buckets=DURATION_BUCKETS,
             registry=registry,
@@ -130,6 +131,16 @@ class Metrics:
             "fovea_model", "What is really running.", ["model", "version", "target", "variant"], registry=registry
         )
         self.ready = Gauge("fovea_ready", "1 while the service takes requests, else 0.", registry=registry)
+        self._of_requests: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+
+    def observe_request(self, model: str, outcome: str, seconds: float) -> None:
+        """Count an answered request; metrics are looked up by their labels once, not for every one."""
+        found = self._of_requests.get((model, outcome))
+        if found is None:
+            found = self.requests.labels(model, outcome), self.request_duration.labels(model)
+            self._of_requests[model, outcome] = found
+        found[0].inc()
+        found[1].observe(seconds)
 
 
 def create_registry() -> CollectorRegistry:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from app.errors import InvalidRequest
 from models.manifest import BALANCED, FULL, Certificate, VariantSpec
@@ -16,7 +17,7 @@ CALM = 0.25
 MAX_UP_AFTER_S = 32.0  # after a step up that had to be taken back the next one waits twice as long, up to this
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rung:
     """One operating point."""
 
@@ -26,7 +27,7 @@ class Rung:
     certificate: Certificate | None
     is_full: bool  # nobody leaves early
 
-    @property
+    @cached_property
     def bound(self) -> str:
         """What it costs at most against the full depth, in words; empty where that is not proved."""
         if self.is_full:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from prometheus_client import Counter
 
@@ -21,7 +21,7 @@ from app.errors import (
     RequestError,
     ServiceError,
 )
-from app.imaging.budget import DecodeBudget
+from app.imaging.budget import DecodeBudget, NeedsTime
 from app.imaging.preprocess import Pixels, load_pixels
 from app.log import get_logger
 from app.metrics import PHASES, Metrics
@@ -34,7 +34,8 @@ from app.scheduling.admission import MAX_RETRY_AFTER_S, MIN_RETRY_AFTER_S, Admis
 from app.scheduling.forecast import Forecast
 from app.scheduling.loop_lag import LoopLag
 from app.scheduling.pipeline import StagedPipeline
-from app.threads import Workers
+from app.scheduling.work import Undecoded
+from app.threads import Job, Workers
 from app.types import EncodedImage, PipelineResult, Prediction, Timings
 from models.manifest import ModelManifest, PreprocessSpec
 
@@ -67,6 +68,7 @@ class LoadedModel:
     quality: QualityController
     bend_above_s: float
     pipeline: StagedPipeline
+    decodes: bool  # its instances decode what is quick to decode (docs/adr/0021)
     forecast: Forecast
     pool: BackendPool
     metrics: Metrics
@@ -138,7 +140,7 @@ class LoadedModel:
 
     @property
     def failed(self) -> bool:
-        return self.pipeline.failed or self.pool.failed
+        return self.pool.failed
 
     async def close(self) -> None:
         """Let work in flight finish, then end the threads."""
@@ -162,7 +164,7 @@ class InferenceService:
 
     Args:
         max_pixels: largest image accepted, width times height.
-        decode_threads: images decoded at once.
+        decode_threads: images decoded at once, besides those that instances decode.
         max_decode_bytes: memory that all of them together may take, estimated from their headers.
     """
 
@@ -261,6 +263,8 @@ class InferenceService:
         model, point = terms.model, terms.point
         name = model.manifest.name
         future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
+        load = _Load(image, model.manifest.preprocess, self._max_pixels, self._decode_budget, terms.deadline)
+        job: Job | None = None
 
         def on_decoded(pixels: Pixels, error: BaseException | None) -> None:
             # Straight on into the pipeline: to wake this coroutine in between would cost as much as the rest of the hop.
@@ -274,13 +278,20 @@ class InferenceService:
             if error is not None and not future.done():
                 future.set_exception(error)
 
-        try:
-            load = partial(_load, image, model.manifest.preprocess, self._max_pixels, self._decode_budget, terms.deadline)
+        def decode_apart() -> None:
+            nonlocal job
             job = self.decoders.submit(load, on_decoded)
+
+        try:
+            if model.decodes and isinstance(image, bytes):  # what is not made yet may be long
+                model.pipeline.put(Undecoded(load.quick, decode_apart), future, point, terms.deadline)
+            else:
+                decode_apart()
             try:
                 result = await future
             except asyncio.CancelledError:
-                job.cancel()
+                if job is not None:
+                    job.cancel()
                 raise
         except (RequestError, InferenceFailed, DeadlineExceeded) as error:
             self._metrics.images.labels(name, outcome_of(error)).inc()
@@ -289,21 +300,44 @@ class InferenceService:
             log.exception("unexpected error", model=name)
             self._metrics.images.labels(name, "failed").inc()
             return InferenceFailed("the image could not be worked on; the service's log has the cause")
-        timings = Timings(decoded_at - begun, result.queue_s, result.compute_s, time.perf_counter() - terms.started)
+        timings = Timings(
+            decoded_at - begun + result.decode_s, result.queue_s, result.compute_s, time.perf_counter() - terms.started
+        )
         model.observe(timings)
         model.answered_at[point].inc()
         return Prediction(top_k_labels(result.probabilities, model.labels, terms.top_k), result.exit, timings)
 
 
-def _load(image: EncodedImage, spec: PreprocessSpec, max_pixels: int, budget: DecodeBudget, deadline: float) -> Pixels:
-    if time.perf_counter() > deadline:
-        raise DeadlineExceeded("the time budget ended before the image could be decoded")
-    data = image if isinstance(image, bytes) else image()
-    try:
-        return load_pixels(data, spec, max_pixels=max_pixels, budget=budget)
-    except InferenceFailed:
-        log.exception("an image could not be decoded")
-        raise
+@dataclass(frozen=True, eq=False, slots=True)
+class _Load:
+    """Makes pixels of an image; called on the thread that is to do that."""
+
+    image: EncodedImage
+    spec: PreprocessSpec
+    max_pixels: int
+    budget: DecodeBudget
+    deadline: float
+
+    def __call__(self) -> Pixels:
+        """However long it takes."""
+        return self._pixels(quick=False)
+
+    def quick(self) -> Pixels | None:
+        """None: it would take too long for a thread that others wait for."""
+        try:
+            return self._pixels(quick=True)
+        except NeedsTime:
+            return None
+
+    def _pixels(self, *, quick: bool) -> Pixels:
+        if time.perf_counter() > self.deadline:
+            raise DeadlineExceeded("the time budget ended before the image could be decoded")
+        data = self.image if isinstance(self.image, bytes) else self.image()
+        try:
+            return load_pixels(data, self.spec, max_pixels=self.max_pixels, budget=self.budget, quick=quick)
+        except InferenceFailed:
+            log.exception("an image could not be decoded")
+            raise
 
 
 def outcome_of(error: ServiceError | None) -> str:

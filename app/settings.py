@@ -46,7 +46,12 @@ class LimitSettings(_Section):
         512 * 2**20,
         description="Memory that decoding images may take at once, in bytes, estimated from their headers; others wait.",
     )
-    decode_threads: int = Field(0, ge=0, description="Threads that decode images; 0: one per CPU of the quota.")
+    decode_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads that decode images; 0: where each instance is a core of the CPU, it decodes its own images, and "
+        "large ones are left to one thread per CPU of the quota, as all are elsewhere.",
+    )
 
 
 class BatchingSettings(_Section):

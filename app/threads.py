@@ -107,7 +107,7 @@ class Workers:
             RuntimeError: after `close`; and whatever the function raises.
         """
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        job = self.submit(partial(function, *args, **kwargs), partial(_resolve, future))
+        job = self.submit(partial(function, *args, **kwargs), partial(resolve, future))
         try:
             return await future
         except asyncio.CancelledError:
@@ -185,7 +185,8 @@ class Workers:
                 log.exception("a result could not be handed over")
 
 
-def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+def resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """As `done` of a job: what came of it becomes the future's, if anybody still waits for that."""
     if future.done():
         return
     if error is None:

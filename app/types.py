@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
-EncodedImage = bytes | Callable[[], bytes]  # or what makes them, which is called on a decode thread and may raise RequestError
+EncodedImage = bytes | Callable[[], bytes]  # or what makes them, which is called where it is decoded and may raise RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,7 @@ class PipelineResult:
     exit: ExitInfo
     queue_s: tuple[float, ...]  # wait before each stage it went through
     compute_s: tuple[float, ...]  # run time of the batch it was in, per stage
+    decode_s: float = 0.0  # where the pipeline decoded it
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +78,36 @@ class Prediction:
     timings: Timings
 
 
-StageRun = Callable[[int, Mapping[str, Array]], Awaitable[StageOutput]]
+StageRun = tuple[int, Mapping[str, Array]]  # which stage, and what it takes
+
+
+class Work(Protocol):
+    """What an instance does at a time."""
+
+    def go(self) -> Generator[StageRun, StageOutput, None]:
+        """Yields each run that it needs and is sent what came of it; a run's error is thrown in."""
+        ...
+
+    def stop(self, error: BaseException) -> None:
+        """It does not go on: a run raised what is no `Exception`, or never ended. Called in its place, on any thread."""
+        ...
+
+
+Take = Callable[[int], Work | None]  # the next work for an instance, beside so many that are idle; called on its thread
 
 
 class StageExecutor(Protocol):
-    """All that scheduling knows of a runtime."""
+    """All that scheduling knows of a runtime: instances that fetch their work when they are free."""
 
     @property
     def num_instances(self) -> int:
         """How many batches can run at once."""
         ...
 
-    def slot(self) -> AbstractAsyncContextManager[StageRun]:
-        """Wait for a free instance and borrow it; first come, first served."""
+    def start(self, take: Take) -> None:
+        """Begin to fetch work; called once, on the event loop."""
+        ...
+
+    def wake(self) -> None:
+        """There is work: if an instance is idle, it fetches it."""
         ...

@@ -33,7 +33,7 @@ def metrics() -> Metrics:
 def virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scheduling reads the running loop's time, so that a virtual loop decides about all of it."""
     clock = SimpleNamespace(perf_counter=lambda: asyncio.get_running_loop().time())
-    monkeypatch.setattr("app.scheduling.batcher.time", clock)
+    monkeypatch.setattr("app.scheduling.trip.time", clock)
     monkeypatch.setattr("app.scheduling.pipeline.time", clock)
 
 

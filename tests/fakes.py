@@ -11,15 +11,14 @@ import json
 import selectors
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from app.exits import ExitPolicy
-from app.scheduling.work import WorkItem
-from app.types import Array, PipelineResult, StageOutput, StageRun
+from app.types import Array, PipelineResult, StageOutput, Take, Work
 from models.manifest import LOGITS, PIXELS, ExitSpec, ModelManifest
 
 NUM_STAGES = 3
@@ -33,12 +32,6 @@ PATIENCE_S = 20.0  # after so long without an event a test waits in vain and fai
 def pixels(number: int) -> Array:
     """The pixels of an image, without the batch axis."""
     return np.array([number], dtype=np.int64)
-
-
-def make_item(number: int) -> WorkItem:
-    """An image queued now, on the running event loop."""
-    loop = asyncio.get_running_loop()
-    return WorkItem({PIXELS: pixels(number)}, loop.create_future(), queued_at=loop.time())
 
 
 def make_policy(num_stages: int = NUM_STAGES, points: Sequence[Sequence[float | None]] | None = None) -> ExitPolicy:
@@ -93,7 +86,7 @@ class Clock:
 
 
 class FakeExecutor:
-    """A `StageExecutor` without threads.
+    """A `StageExecutor` without threads: its instances are tasks of the event loop.
 
     Args:
         leaves_after: per image, the stage from which on it is sure; 0 if not told.
@@ -108,18 +101,27 @@ class FakeExecutor:
         self.running = 0
         self.most_running = 0
         self.scripted: dict[int, StageOutput | BaseException] = {}  # by stage: instead of its next run's right answers
-        self.broken: Exception | None = None  # raised instead of lending
         self._run_s = run_s
-        self._free = asyncio.Semaphore(instances)
         self._held = False
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._idle: list[asyncio.Future[None]] = []
+        self._busy = 0
+        self._instances: list[asyncio.Task[None]] = []
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[StageRun]:
-        async with self._free:
-            if self.broken is not None:
-                raise self.broken
-            yield self._run
+    def start(self, take: Take) -> None:
+        self._instances = [asyncio.create_task(self._live(take)) for _ in range(self.num_instances)]
+
+    def wake(self) -> None:
+        if self._idle:
+            self._idle.pop().set_result(None)
+
+    async def close(self) -> None:
+        """End the instances; whatever ended one before is raised."""
+        for instance in self._instances:
+            instance.cancel()
+        for result in await asyncio.gather(*self._instances, return_exceptions=True):
+            if not isinstance(result, asyncio.CancelledError):
+                raise AssertionError("an instance ended") from result
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -145,6 +147,34 @@ class FakeExecutor:
     def images(self, stage: int) -> list[int]:
         """Every image that a stage saw, in order."""
         return [number for batch in self.batches(stage) for number in batch]
+
+    async def _live(self, take: Take) -> None:
+        while True:
+            work = take(self.num_instances - self._busy - 1)
+            if work is None:
+                called = asyncio.get_running_loop().create_future()
+                self._idle.append(called)
+                await called
+            else:
+                self._busy += 1
+                await self._do(work)
+                self._busy -= 1
+            del work
+
+    async def _do(self, work: Work) -> None:
+        runs = work.go()
+        with suppress(StopIteration):
+            stage, inputs = next(runs)
+            while True:
+                try:
+                    output = await self._run(stage, inputs)
+                except Exception as error:
+                    stage, inputs = runs.throw(error)
+                except SystemExit as error:  # as a backend may raise it on its thread
+                    work.stop(error)
+                    return
+                else:
+                    stage, inputs = runs.send(output)
 
     async def _run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
         numbers = numbers_of(inputs)

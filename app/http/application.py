@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import __version__
 from app.assembly import open_service
-from app.http.direct import DirectRoutes
+from app.http.direct import Direct
 from app.http.errors import install_error_handlers, unexpected_problem
 from app.http.middleware import RequestContextMiddleware
 from app.http.routes import classify, health, metrics, models, page
@@ -19,6 +21,19 @@ from app.settings import Settings
 
 DESCRIPTION = """Image classification that spends compute where a picture needs it: the model is cut into stages with an
 exit after each, sure images leave early, and the others are batched anew."""
+
+
+class _Application(FastAPI):
+    """FastAPI, with a short way past its layers for requests that come by the thousand (docs/adr/0010)."""
+
+    short: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope["method"], scope["path"]) in classify.DIRECT:
+            scope["app"] = self
+            await self.short(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -33,15 +48,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             await app.state.service.close()
 
-    app = FastAPI(title="Fovea", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _Application(
+        title="Fovea", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.settings = settings
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
     quotas = settings.quotas
     app.state.quotas = Quotas(images_per_s=quotas.images_per_s, burst=quotas.burst) if quotas.images_per_s else None
     install_error_handlers(app)
-    app.add_middleware(DirectRoutes, handlers=classify.DIRECT)  # inside of what is added after it
-    app.add_middleware(RequestContextMiddleware, access_log=settings.log.access, on_unexpected=unexpected_problem)
+    context = partial(RequestContextMiddleware, access_log=settings.log.access, on_unexpected=unexpected_problem)
+    app.short = context(Direct(classify.DIRECT))
+    app.add_middleware(context)
     for module in (classify, models, health, metrics, page):
         app.include_router(module.router)
     page.mount_static(app)

@@ -62,7 +62,7 @@ class StageTimingsBody(BaseModel):
 
 
 class TimingsBody(BaseModel):
-    decode: float = Field(description="Decoding and preprocessing, with the wait for a thread.")
+    decode: float = Field(description="Decoding and preprocessing; with the wait for a thread, where threads do only that.")
     queue: float = Field(description="All waits for a batch.")
     compute: float = Field(description="All runs.")
     total: float = Field(description="From the arrival of the request's head to the answer, the upload of the body included.")
@@ -162,12 +162,12 @@ def prediction_body(prediction: Prediction) -> dict[str, Any]:
             "confidence": round(prediction.exit.confidence, 6),
         },
         "timings_ms": {
-            "decode": _ms(timings.decode_s),
-            "queue": _ms(sum(timings.queue_s)),
-            "compute": _ms(sum(timings.compute_s)),
-            "total": _ms(timings.total_s),
+            "decode": round(1000 * timings.decode_s, 3),
+            "queue": round(1000 * sum(timings.queue_s), 3),
+            "compute": round(1000 * sum(timings.compute_s), 3),
+            "total": round(1000 * timings.total_s, 3),
             "stages": [
-                {"queue": _ms(queue), "compute": _ms(compute)}
+                {"queue": round(1000 * queue, 3), "compute": round(1000 * compute, 3)}
                 for queue, compute in zip(timings.queue_s, timings.compute_s, strict=True)
             ],
         },
@@ -183,13 +183,14 @@ def answer_body(answer: Prediction | ServiceError) -> dict[str, Any]:
 
 def server_timing(predictions: Sequence[Prediction]) -> str:
     """The Server-Timing header (W3C) of the image that took longest: decode, queue, compute of each stage, total."""
-    chosen = max(predictions, key=lambda prediction: prediction.timings.total_s)
+    chosen = max(predictions, key=_total_s) if len(predictions) > 1 else predictions[0]
     slowest = chosen.timings
-    parts = [f"decode;dur={_ms(slowest.decode_s)}", f"queue;dur={_ms(sum(slowest.queue_s))}"]
-    first = chosen.exit.stage + 1 - len(slowest.compute_s)  # not 0 where a cascade's first network is passed over
-    parts += [f"stage_{stage};dur={_ms(seconds)}" for stage, seconds in enumerate(slowest.compute_s, start=first)]
-    return ", ".join([*parts, f"total;dur={_ms(slowest.total_s)}"])
+    text = f"decode;dur={1000 * slowest.decode_s:.3f}, queue;dur={1000 * sum(slowest.queue_s):.3f}"
+    # The first stage is not 0 where a cascade's first network is passed over.
+    for stage, seconds in enumerate(slowest.compute_s, start=chosen.exit.stage + 1 - len(slowest.compute_s)):
+        text += f", stage_{stage};dur={1000 * seconds:.3f}"
+    return f"{text}, total;dur={1000 * slowest.total_s:.3f}"
 
 
-def _ms(seconds: float) -> float:
-    return round(1000 * seconds, 3)
+def _total_s(prediction: Prediction) -> float:
+    return prediction.timings.total_s

@@ -8,9 +8,10 @@ from functools import partial
 
 import orjson
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 
 from app.errors import InvalidImage, InvalidRequest, PayloadTooLarge
+from app.http.call import Call
 from app.http.errors import describe_validation
 from app.http.multipart import iter_parts
 from app.http.schemas import ClassifyFields, ClassifyJson
@@ -34,7 +35,7 @@ class Upload:
     several: bool  # the request has the form of a list, so the answer gives errors beside the images
 
 
-async def read_upload(request: Request, permit: Permit, *, max_bytes: int, max_images: int) -> Upload:
+async def read_upload(call: Call, permit: Permit, *, max_bytes: int, max_images: int) -> Upload:
     """Read and take apart a body.
 
     Args:
@@ -47,32 +48,27 @@ async def read_upload(request: Request, permit: Permit, *, max_bytes: int, max_i
         InvalidRequest: the body has not the form that its content type says.
         Overloaded: too many bytes are held already.
     """
-    body = await _read_body(request, permit, max_bytes)
-    form = media_type(request)
-    if form == MULTIPART:
-        return _from_multipart(request.headers["content-type"], body, max_images)
-    if form == JSON:
+    body = await _read_body(call, permit, max_bytes)
+    if call.media_type == MULTIPART:
+        return _from_multipart(call.header(b"content-type"), body, max_images)
+    if call.media_type == JSON:
         return _from_json(body, max_images)
     # Anything else is one image: what it is decides its content, not its label. curl --data-binary without a header
     # says application/x-www-form-urlencoded, for one.
     return Upload([body], NO_FIELDS, several=False)
 
 
-def media_type(request: Request) -> str:
-    """What the request says its body is, without parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _read_body(request: Request, permit: Permit, max_bytes: int) -> bytes:
-    announced = request.headers.get("content-length", "")
+async def _read_body(call: Call, permit: Permit, max_bytes: int) -> bytes:
+    announced = call.header(b"content-length")
     if announced.isdecimal():
         if int(announced) > max_bytes:
             raise PayloadTooLarge(f"the body has {announced} bytes and at most {max_bytes} are accepted")
         permit.take_bytes(int(announced))
     chunks: list[bytes] = []
-    size = 0
+    size, more = 0, True
     try:
-        async for chunk in request.stream():
+        while more:
+            chunk, more = await call.next_chunk()
             size += len(chunk)
             if size > max_bytes:
                 raise PayloadTooLarge(f"the body has more than the {max_bytes} bytes that are accepted")

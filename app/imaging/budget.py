@@ -15,6 +15,10 @@ _MMAP_THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES = 4 * 2**20, 8 * 2**20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
+class NeedsTime(Exception):
+    """Decoding the image takes longer, or waits longer, than its caller can spare."""
+
+
 class DecodeBudget:
     """Bytes that all decodes together may hold. First come, first served, so a large picture is not starved by small ones.
 
@@ -29,28 +33,31 @@ class DecodeBudget:
         self._waiting: deque[tuple[int, threading.Event]] = deque()
 
     @contextmanager
-    def hold(self, num_bytes: int) -> Iterator[None]:
+    def hold(self, num_bytes: int, *, wait: bool = True) -> Iterator[None]:
         """Wait until so many bytes are free, and have them until the block ends.
 
         Raises:
             ImageTooLarge: more than the whole budget; at once.
+            NeedsTime: they are not free, and it is not to wait.
         """
         if num_bytes > self.max_bytes:
             raise ImageTooLarge(
                 f"Decoding the image takes up to {num_bytes} bytes of memory, more than the {self.max_bytes} allowed: "
                 "scale it down, or save it as a baseline JPEG, and send it again."
             )
-        self._take(num_bytes)
+        self._take(num_bytes, wait)
         try:
             yield
         finally:
             self._give_back(num_bytes)
 
-    def _take(self, num_bytes: int) -> None:
+    def _take(self, num_bytes: int, wait: bool) -> None:
         with self._lock:
             if not self._waiting and num_bytes <= self._free:
                 self._free -= num_bytes
                 return
+            if not wait:
+                raise NeedsTime
             turn = threading.Event()
             self._waiting.append((num_bytes, turn))
         turn.wait()  # whoever sets it has taken the bytes for us

@@ -22,7 +22,7 @@ from PIL.Image import Transpose
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from app.errors import ImageTooLarge, InferenceFailed, InvalidImage, ServiceError, UnsupportedImage
-from app.imaging.budget import DecodeBudget
+from app.imaging.budget import DecodeBudget, NeedsTime
 from app.imaging.cost import START_OF_SCAN, decode_cost, has_one_scan, jpeg_segments
 
 _PLUGINS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP", "AVIF": "AVIF"}
@@ -31,6 +31,8 @@ FORMATS = {name: title for name, title in _PLUGINS.items() if name not in _OPTIO
 ACCEPTED = ", ".join([*FORMATS.values()][:-1]) + " or " + [*FORMATS.values()][-1]
 
 DRAFT_FACTOR = 2  # a reduced JPEG keeps at least this many times `min_side` (docs/adr/0008)
+# What is quick to decode, some 10 ms at worst: few bytes, and few pixels, or a few more in a JPEG that comes in one scan.
+QUICK_BYTES, QUICK_PIXELS, QUICK_JPEG_PIXELS = 2**19, 2**20, 2**22
 _MAX_JPEG_SCANS = 64  # a progressive file has about 10; each costs up to 35 ms at 50 megapixels, however few its bytes
 _MAX_TIFF_PARTS = 65_536  # strips or tiles; Pillow takes 2.5 microseconds for each, before anything is decoded
 # None, LZW, JPEG, Deflate, PackBits, Deflate (old number), Zstandard. Not fax: libtiff writes a line to stderr for every
@@ -130,7 +132,7 @@ def decode_image(data: bytes, *, max_pixels: int, min_side: int | None = None) -
 
 @contextmanager
 def open_picture(
-    data: bytes, *, max_pixels: int, min_side: int | None = None, budget: DecodeBudget | None = None
+    data: bytes, *, max_pixels: int, min_side: int | None = None, budget: DecodeBudget | None = None, quick: bool = False
 ) -> Iterator[Picture]:
     """As `decode_image`, for the block that follows: grey pictures left grey, and the sides as they are stored.
 
@@ -139,6 +141,7 @@ def open_picture(
     Raises:
         ImageTooLarge: also where it would take more than the whole budget.
         InferenceFailed: also where the block itself runs out of memory.
+        NeedsTime: where it is to be quick and cannot be.
     """
     if not data:
         raise InvalidImage("The body is empty: send the bytes of an image file.")
@@ -156,7 +159,9 @@ def open_picture(
             drafted = image.draft(None, (DRAFT_FACTOR * min_side, DRAFT_FACTOR * min_side))  # None where not a JPEG
             scale = 1.0 if drafted is None else full_size[0] / drafted[1][2]
         cost = decode_cost(image, data, full_size)
-    with nullcontext() if budget is None else budget.hold(cost), _blaming_the_memory():
+    if quick and not _is_quick(image, data, full_size):
+        raise NeedsTime
+    with nullcontext() if budget is None else budget.hold(cost, wait=not quick), _blaming_the_memory():
         try:
             with _blaming_the_file(FORMATS[name]), _blaming_the_memory():
                 picture = _load(image, full_size, scale)
@@ -166,6 +171,13 @@ def open_picture(
                 picture.image.close()
         finally:
             _release(image)
+
+
+def _is_quick(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> bool:
+    pixels = full_size[0] * full_size[1]
+    return len(data) <= QUICK_BYTES and (
+        pixels <= QUICK_PIXELS or (pixels <= QUICK_JPEG_PIXELS and image.format == "JPEG" and has_one_scan(data))
+    )
 
 
 def _load(image: ImageFile.ImageFile, full_size: tuple[int, int], scale: float) -> Picture:

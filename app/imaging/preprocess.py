@@ -41,20 +41,24 @@ def preprocess(image: NDArray[np.uint8], spec: PreprocessSpec) -> Pixels:
     return _normalise(_resize_and_crop(Picture(picture, picture.size), spec), spec)
 
 
-def load_pixels(data: bytes, spec: PreprocessSpec, *, max_pixels: int, budget: DecodeBudget | None = None) -> Pixels:
+def load_pixels(
+    data: bytes, spec: PreprocessSpec, *, max_pixels: int, budget: DecodeBudget | None = None, quick: bool = False
+) -> Pixels:
     """`preprocess` of `decode_image`, in one hop and with a JPEG decoded no larger than needed (docs/adr/0008).
 
     Args:
         data, max_pixels: as `decode_image`.
         spec: as `preprocess`.
         budget: what it may hold of memory, shared with other threads; waits for room in it (docs/adr/0011).
+        quick: others wait for the calling thread, so it has some milliseconds and no more.
 
     Raises:
         RequestError, InferenceFailed: as `decode_image`; ImageTooLarge also where it needs more than the whole budget.
+        NeedsTime: where it is to be quick and cannot be, told from its header.
     """
     # The nearest pixel of a reduced image is an average: it would no longer be the nearest pixel.
     min_side = None if spec.interpolation == "nearest" else spec.resize
-    with open_picture(data, max_pixels=max_pixels, min_side=min_side, budget=budget) as picture:
+    with open_picture(data, max_pixels=max_pixels, min_side=min_side, budget=budget, quick=quick) as picture:
         cropped = _resize_and_crop(picture, spec)
     return _normalise(cropped, spec)
 

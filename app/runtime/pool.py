@@ -1,26 +1,29 @@
-"""N instances, one thread each; lent to coroutines first come, first served (docs/adr/0006).
+"""N instances, one thread each, that fetch their batches when they are free (docs/adr/0021).
 
 Many batches are done fastest by instances of one ONNX Runtime thread each, one batch by all threads together. So there may be a
-wide backend beside the instances' own: whoever is lent an instance while no other is out runs on that (docs/adr/0020).
+wide backend beside the instances' own: whoever runs while all others are idle runs on that (docs/adr/0020).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
 
 from prometheus_client import Counter
 
-from app.errors import InferenceFailed
 from app.log import get_logger
 from app.runtime.backend import Backend
-from app.threads import Workers
-from app.types import Array, StageOutput, StageRun
+from app.types import Take, Work
 
 log = get_logger(__name__)
 
 MAX_GIVEN_UP = 8  # threads that may be stuck for ever: beyond it the process is not to be trusted any more
+MAX_WATCH_S = 1.0  # between two looks at whether a run does not end
 
 
 class BackendPool:
@@ -43,89 +46,170 @@ class BackendPool:
     ) -> None:
         if not backends:
             raise ValueError("a pool needs at least one backend")
-        self._backends = tuple(dict.fromkeys([*backends, *([] if wide is None else [wide])]))
-        self._replaced = 0
-
-        def give_up() -> None:
-            self._replaced += 1
-            if replaced is not None:
-                replaced.inc()
-
-        self._instances = [
-            _Instance(backend, wide or backend, index, run_timeout_s, give_up) for index, backend in enumerate(backends)
-        ]
-        self._idle = list(self._instances)
-        # A fair semaphore, not an asyncio.Queue of instances: there the loop that returns one takes it again before
-        # the waiting loop has woken, and the later stages starve.
-        self._free = asyncio.Semaphore(len(self._instances))
+        self._own = tuple(backends)
+        self._wide = wide
+        self._run_timeout_s = run_timeout_s
+        self._counter = replaced
+        self._num_given_up = 0
+        self._take: Take | None = None
+        self._instances: list[_Instance] = []
+        self._idle: list[_Instance] = []  # of those, whoever waits to be woken
+        self._busy: set[_Instance] = set()  # and whoever has work
+        self._watch: asyncio.TimerHandle | None = None
 
     @property
     def num_instances(self) -> int:
-        return len(self._instances)
+        return len(self._own)
 
     @property
     def failed(self) -> bool:
         """So many runs never ended that a restart is the better way."""
-        return self._replaced >= MAX_GIVEN_UP
+        return self._num_given_up >= MAX_GIVEN_UP
 
-    def slot(self) -> AbstractAsyncContextManager[StageRun]:
-        """Wait for a free instance and borrow it."""
-        return _Slot(self._free, self._idle, len(self._instances))
+    def start(self, take: Take) -> None:
+        self._take = take
+        self._instances = [self._start_instance(index) for index in range(len(self._own))]
+        if self._run_timeout_s is not None:
+            self._watch = asyncio.get_running_loop().call_later(self._watch_s, self._look)
+
+    def wake(self) -> None:
+        try:
+            instance = self._idle.pop()  # the last one: its thread has slept least
+        except IndexError:  # whoever is busy looks for more work before it sleeps
+            return
+        instance.wake()
 
     def close(self) -> None:
-        """End the threads after the runs they are in, and close the backends."""
+        """End the threads after the work they are in, and close the backends."""
+        if self._watch is not None:
+            self._watch.cancel()
         for instance in self._instances:
-            instance.thread.close()
-        for backend in self._backends:
+            instance.close()
+        for backend in dict.fromkeys([*self._own, *([] if self._wide is None else [self._wide])]):
             backend.close()
 
+    @property
+    def _watch_s(self) -> float:
+        return min(MAX_WATCH_S, (self._run_timeout_s or MAX_WATCH_S) / 4)
 
-class _Slot(AbstractAsyncContextManager[StageRun]):
-    """One loan. A class, not a generator made into a context manager: that costs a tenth of a small batch's whole way."""
+    def _look(self) -> None:
+        """Whether a run does not end."""
+        self._watch = asyncio.get_running_loop().call_later(self._watch_s, self._look)
+        timeout_s = self._run_timeout_s or math.inf
+        for index, instance in enumerate(self._instances):
+            if instance.running_s > timeout_s:
+                # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
+                log.error("a run did not end and was given up", stage=instance.stage, seconds=timeout_s)
+                self._num_given_up += 1
+                if self._counter is not None:
+                    self._counter.inc()
+                self._instances[index] = self._start_instance(index)
+                instance.give_up(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
 
-    __slots__ = ("_free", "_idle", "_lent", "_num_instances")
+    def _start_instance(self, index: int) -> _Instance:
+        if self._take is None:
+            raise RuntimeError("the pool has not been started")
+        choose, take = partial(self._choose, self._own[index]), partial(self._take_for_one, self._take)
+        return _Instance(choose, take, self._idle, self._busy, f"instance-{index}")
 
-    def __init__(self, free: asyncio.Semaphore, idle: list[_Instance], num_instances: int) -> None:
-        self._free = free
-        self._idle = idle
-        self._num_instances = num_instances
+    def _take_for_one(self, take: Take) -> Work | None:
+        return take(len(self._own) - len(self._busy) - 1)
 
-    async def __aenter__(self) -> StageRun:
-        await self._free.acquire()
-        self._lent = self._idle.pop()
-        alone = len(self._idle) == self._num_instances - 1
-        return self._lent.run_alone if alone else self._lent.run
-
-    async def __aexit__(self, *_: object) -> None:
-        self._idle.append(self._lent)
-        self._free.release()
+    def _choose(self, own: Backend) -> Backend:
+        """For a run that begins now."""
+        return own if self._wide is None or len(self._busy) > 1 else self._wide
 
 
 class _Instance:
+    """A thread that fetches work and does it; while there is none it stands in `idle`, else in `busy`.
+
+    Args:
+        choose: the backend for a run that begins now.
+    """
+
     def __init__(
-        self, backend: Backend, wide: Backend, index: int, run_timeout_s: float | None, on_given_up: Callable[[], None]
+        self,
+        choose: Callable[[], Backend],
+        take: Callable[[], Work | None],
+        idle: list[_Instance],
+        busy: set[_Instance],
+        name: str,
     ) -> None:
-        self._backend = backend
-        self._wide = wide
-        self._index = index
-        self._run_timeout_s = run_timeout_s
-        self._on_given_up = on_given_up
-        self.thread = Workers(1, f"instance-{index}")
+        self._choose = choose
+        self._take = take
+        self._idle = idle
+        self._busy = busy
+        self._calls: SimpleQueue[None] = SimpleQueue()  # wakes it
+        self._closed = self._given_up = False
+        self._work: Work | None = None
+        self._began: float | None = None  # the run that goes on now
+        self.stage = 0
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._thread.start()
 
-    async def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        return await self._run(self._backend, stage, inputs)
+    @property
+    def running_s(self) -> float:
+        """How long the run has gone on; 0 between runs."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
-    async def run_alone(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        return await self._run(self._wide, stage, inputs)
+    def wake(self) -> None:
+        self._calls.put(None)
 
-    async def _run(self, backend: Backend, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+    def close(self) -> None:
+        """End the thread after the work it is in; whoever was given up is not waited for."""
+        self._closed = True
+        self.wake()
+        self._thread.join()
+
+    def give_up(self, error: Exception) -> None:
+        self._given_up = True
+        self._busy.discard(self)
+        if self._work is not None:
+            self._work.stop(error)
+
+    def _live(self) -> None:
+        while not self._closed and not self._given_up:
+            work = self._take()
+            if work is None:
+                # Work that came before it stood among the idle woke nobody, so it looks once more.
+                self._idle.append(self)
+                work = self._take()
+                if work is None:
+                    self._calls.get()
+                    continue
+                try:
+                    self._idle.remove(self)
+                except ValueError:  # it was woken meanwhile
+                    self._calls.get()
+            self._busy.add(self)
+            self._do(work)
+            self._busy.discard(self)
+            del work  # an idle thread holds on to nothing
+
+    def _do(self, work: Work) -> None:
+        self._work = work
+        runs = work.go()
         try:
-            async with asyncio.timeout(self._run_timeout_s):
-                return await self.thread.run(backend.run, stage, inputs)
-        except TimeoutError as error:
-            # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
-            log.error("a run did not end and was given up", stage=stage, seconds=self._run_timeout_s)
-            self.thread.abandon()
-            self.thread = Workers(1, f"instance-{self._index}")
-            self._on_given_up()
-            raise InferenceFailed(f"the run of stage {stage} did not end within {self._run_timeout_s:g} s") from error
+            self.stage, inputs = next(runs)
+            while True:
+                output, error = None, None
+                self._began = time.monotonic()
+                try:
+                    output = self._choose().run(self.stage, inputs)
+                except Exception as raised:
+                    error = raised
+                finally:
+                    self._began = None
+                del inputs
+                if self._given_up:  # its images have been failed, and another thread has its place
+                    runs.close()
+                    return
+                self.stage, inputs = runs.send(output) if output is not None else runs.throw(error or RuntimeError("no output"))
+        except StopIteration:
+            pass
+        except BaseException as error:  # meant to end this thread, not the service
+            if not self._given_up:
+                work.stop(error)
+        finally:
+            self._work = None

@@ -1,9 +1,10 @@
 """When a new image would have its answer: from what is in front of it, what that costs, and how far off the last answers were.
 
-Decoding and computing go on at the same time, so what takes longer decides. What is in front is told by the queues, its cost by
-curves that follow the machine; what both leave out (batches that are not full, threads that wait for each other, other
-processes) the last answers tell: by what factor they took longer, and a high quantile of what is beyond it. A promise that
-failed makes the next ones more careful, as in adaptive conformal inference (Gibbs and Candès, NeurIPS 2021), over a window.
+Where threads of their own decode, that and computing go on at the same time, so what takes longer decides. What is in front
+is told by the queues, its cost by curves that follow the machine; what both leave out (batches that are not full, threads that
+wait for each other, other processes) the last answers tell: by what factor they took longer, and a high quantile of what is
+beyond it. A promise that failed makes the next ones more careful, as in adaptive conformal inference (Gibbs and Candès,
+NeurIPS 2021), over a window.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 QUANTILE = 0.995  # of the errors: some of the one in a hundred is left for what no error shows
 WINDOW = 512  # answers
 MAX_AGE_S = 10.0  # of an answer: whoever is refused teaches nothing, so that too much care must end by itself
-REFRESH = 32  # answers until both are looked up again
+REFRESH_S = 0.1  # until both are looked up again: it takes a quarter of a millisecond
 MIN_ANSWERS = 8
 MAX_FACTOR = 4.0
 
@@ -58,14 +59,14 @@ class Correction:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._answers: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)  # when, predicted, and how long it took
-        self._since = 0
+        self._refreshed_at = -math.inf
         self._factor, self._margin_s = 1.0, 0.0
 
     def add(self, predicted_s: float, took_s: float) -> None:
         """One more answer."""
-        self._answers.append((self._clock(), predicted_s, took_s))
-        self._since += 1
-        if self._since >= REFRESH or len(self._answers) <= MIN_ANSWERS:
+        now = self._clock()
+        self._answers.append((now, predicted_s, took_s))
+        if now - self._refreshed_at >= REFRESH_S or len(self._answers) <= MIN_ANSWERS:
             self._refresh()
 
     @property
@@ -81,12 +82,14 @@ class Correction:
         return self._margin_s
 
     def _forget(self) -> None:
-        if self._answers and self._clock() - self._answers[0][0] > MAX_AGE_S:
-            self._refresh()
+        if self._answers:
+            now = self._clock()
+            if now - self._answers[0][0] > MAX_AGE_S and now - self._refreshed_at >= REFRESH_S:
+                self._refresh()
 
     def _refresh(self) -> None:
-        self._since = 0
-        oldest = self._clock() - MAX_AGE_S
+        self._refreshed_at = self._clock()
+        oldest = self._refreshed_at - MAX_AGE_S
         while self._answers and self._answers[0][0] < oldest:
             self._answers.popleft()
         predicted_s, took_s = (sum(answer[part] for answer in self._answers) for part in (1, 2))
@@ -101,11 +104,19 @@ class Forecast:
 
     Args:
         lag: seconds that the event loop is late, which no answer shows: a request waits them before its time is taken.
+        decodes: the pipeline decodes by itself, so that the decode threads have only what it leaves to them.
     """
 
     def __init__(
-        self, decoding: Decoding, computing: Computing, lag: Callable[[], float], correction: Correction | None = None
+        self,
+        decoding: Decoding,
+        computing: Computing,
+        lag: Callable[[], float],
+        correction: Correction | None = None,
+        *,
+        decodes: bool = False,
     ) -> None:
+        self._decodes = decodes
         self._decoding = decoding
         self._computing = computing
         self._lag = lag
@@ -120,7 +131,8 @@ class Forecast:
         """When so many new images would have their answers at an operating point, by queues and costs alone."""
         decoding = self._decoding
         waiting = decoding.unfinished + images
-        decode_s = waiting * decoding.mean_job_s / decoding.num_threads
+        to_decode = decoding.unfinished if self._decodes else waiting
+        decode_s = to_decode * decoding.mean_job_s / decoding.num_threads
         before_s, own_s = self._computing.outlook(waiting, point)
         return max(decode_s, before_s) + own_s
 

@@ -1,25 +1,28 @@
-"""One batcher per stage: images that are sure leave, the survivors of stage k join the queue of stage k + 1."""
+"""One queue per stage. Instances take batches from them on trips, on which sure images leave and the others go on."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
 from app.errors import InferenceFailed
-from app.exits import ExitPolicy, with_answers
+from app.exits import ExitPolicy
 from app.log import get_logger
 from app.metrics import Metrics
-from app.scheduling.batcher import DynamicBatcher
 from app.scheduling.costs import StageCosts, Way
-from app.scheduling.work import WorkItem
-from app.types import Array, ExitInfo, FloatArray, PipelineResult, RunTime, StageExecutor, StageOutput, StageRun
+from app.scheduling.trip import Report, Rules, Trip, too_late
+from app.scheduling.work import Undecoded, WorkItem
+from app.types import Array, PipelineResult, RunTime, StageExecutor
 
 log = get_logger(__name__)
+
+HOP_S = 0.0003  # of an instance's time: to hand survivors to a queue and take them up again (docs/adr/0021)
+TIMER_S = 0.001  # as fine as an event loop's timers are
+DECODE_DECAY = 0.5 ** (1 / 64)  # an image's decoding counts half after 64 further ones
 
 
 class StagedPipeline:
@@ -32,7 +35,10 @@ class StagedPipeline:
         entries: stages that take that input: the first, and in a cascade the first of each further network. An image passes
             over networks in which its operating point lets nobody leave.
         model: the metrics' label.
+        max_batch_size: most images in one batch.
+        max_queue_delay_s: longest wait for a fuller batch after the first image was queued; 0 does not wait.
         run_times: of each stage, as measured at load.
+        spread: idle instances share what waits, so that a few images are not done one after the other beside idle cores.
     """
 
     def __init__(
@@ -47,50 +53,40 @@ class StagedPipeline:
         max_batch_size: int,
         max_queue_delay_s: float,
         run_times: Sequence[Sequence[RunTime]] | None = None,
+        spread: bool = False,
     ) -> None:
+        self._executor = executor
         self._input_name = input_name
-        self._instances = executor.num_instances
+        self._entries = entries
+        self._max_batch_size = max_batch_size
+        self._max_queue_delay_s = max_queue_delay_s
+        self._spread = spread
         self.costs = StageCosts(run_times or [()] * policy.num_stages, max_batch_size=max_batch_size)
-        self._running = [0] * policy.num_stages  # images
         self._jumps = [
             [policy.jump(stage, entries, point) for stage in range(policy.num_stages)] for point in range(policy.num_points)
         ]
         self._ways = [_way(policy, point, jumps) for point, jumps in enumerate(self._jumps)]
         self._needed = [[_needed(way, stage) for stage in range(policy.num_stages)] for way in self._ways]
-        self._model = model
-        self._stages = [
-            _Stage(index, policy, self.costs, self._running, model=model, metrics=metrics, forward=self._forward)
-            for index in range(policy.num_stages)
-        ]
-        self._batchers = [
-            DynamicBatcher(
-                executor,
-                stage.execute,
-                max_batch_size=max_batch_size,
-                max_queue_delay_s=max_queue_delay_s,
-                queue_size=metrics.queue_size.labels(model, str(stage.index)),
-                skipped=metrics.skipped.labels(model, str(stage.index)),
-                expired=metrics.expired.labels(model, str(stage.index)),
-                least_s=partial(self._least_s, stage.index),
-            )
-            for stage in self._stages
-        ]
-        for stage, curve in enumerate(self.costs.curves):
+        self._decode_s = self._decode_weight = 0.0  # sums in which old images count less
+        self._rules = Rules(policy, input_name, self._next_stage, self._least_s, self._goes_on, self._join, self._report)
+        self._metrics = [_StageMetrics(metrics, model, stage) for stage in range(policy.num_stages)]
+        self._queues: list[deque[WorkItem]] = [deque() for _ in range(policy.num_stages)]
+        self._turns = [0] * policy.num_stages  # of each queue, when a batch was last taken from it
+        self._trips: set[Trip] = set()  # under way
+        self._pending: set[WorkItem] = set()
+        self._closing = False
+        self._empty = asyncio.Event()  # set by the last one, while closing
+        self._loop: asyncio.AbstractEventLoop | None = None
+        for stage, (queue, curve) in enumerate(zip(self._queues, self.costs.curves, strict=True)):
+            metrics.queue_size.labels(model, str(stage)).set_function(queue.__len__)
             for part in ("fixed_s", "per_image_s"):
                 gauge = metrics.stage_cost.labels(model, str(stage), part.removesuffix("_s"))
                 gauge.set_function(partial(getattr, curve, part))
-        self._loops: list[asyncio.Task[None]] = []
-        self._pending: dict[asyncio.Future[PipelineResult], WorkItem] = {}
-        self._closing = False
-        self.failed = False  # a batch loop died: nothing can be computed any more
 
     def start(self) -> None:
-        """Start the batch loops on the running event loop."""
-        for index, batcher in enumerate(self._batchers):
-            for _ in range(self._instances):  # so that every instance can work on any stage
-                loop = asyncio.create_task(batcher.run(), name=f"{self._model} stage {index}")
-                loop.add_done_callback(self._on_loop_end)
-                self._loops.append(loop)
+        """Have the instances fetch their batches, for the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._executor.start(self._take)
 
     @property
     def num_images(self) -> int:
@@ -103,32 +99,46 @@ class StagedPipeline:
         All are taken to be at this operating point. The last one is in a batch with as many of the others as fit; what does not
         is before it, shared by all instances, with what the later stages have to do and half of what is running.
         """
-        way, instances = self._ways[point], self._instances
+        way, instances = self._ways[point], self._executor.num_instances
         costs = self.costs.remaining_s(way)
+        decode_s = self.mean_decode_s
         before_s = 0.0
-        for batcher, running, cost in zip(self._batchers, self._running, costs, strict=True):
-            before_s += (len(batcher) + 0.5 * running) * cost
-        batch = min(len(self._batchers[way.first]) + more, self.costs.max_batch_size)
-        before_s += (more - batch) * costs[way.first]
-        return max(0.0, before_s) / instances, self.costs.path_s(way, batch)
+        for stage, queue in enumerate(self._queues):
+            if waiting := len(queue):
+                before_s += waiting * (costs[stage] + (decode_s if stage in self._entries else 0.0))
+        for trip in tuple(self._trips):
+            before_s += 0.5 * len(trip.aboard) * costs[trip.stage]
+        batch = min(len(self._queues[way.first]) + more, self.costs.max_batch_size)
+        before_s += (more - batch) * (costs[way.first] + decode_s)
+        return max(0.0, before_s) / instances, self.costs.path_s(way, batch) + batch * decode_s
 
-    def put(self, pixels: Array, future: asyncio.Future[PipelineResult], point: int = 0, deadline: float = math.inf) -> None:
+    @property
+    def mean_decode_s(self) -> float:
+        """What decoding an image takes on an instance, lately; 0 before the first."""
+        return self._decode_s / self._decode_weight if self._decode_weight else 0.0
+
+    def put(
+        self, image: Array | Undecoded, future: asyncio.Future[PipelineResult], point: int = 0, deadline: float = math.inf
+    ) -> None:
         """Take one image through the stages it needs; cancelling the future abandons it.
 
         Args:
-            pixels: what stage 0 takes, without the batch axis.
-            future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline cannot run any more;
-                or DeadlineExceeded.
+            image: what stage 0 takes, without the batch axis, or what makes that.
+            future: gets the result; or InferenceFailed, where the run of its batch failed or the pipeline has been closed; or
+                DeadlineExceeded; or whatever decoding raised.
             point: operating point by which it may leave; images of all points share their batches.
             deadline: by `time.perf_counter`; a stage that would end after it is not begun.
         """
-        item = WorkItem({self._input_name: pixels}, future, queued_at=time.perf_counter(), deadline=deadline, point=point)
-        if self.failed or self._closing:
+        item = WorkItem({}, future, queued_at=time.perf_counter(), deadline=deadline, point=point)
+        if isinstance(image, Undecoded):
+            item.undecoded = image
+        else:
+            item.inputs = {self._input_name: image}
+        if self._closing:
             item.fail(InferenceFailed("the model does not run any more"))
             return
-        self._pending[future] = item
-        future.add_done_callback(self._forget)
-        self._batchers[self._jumps[point][0]].put(item)
+        self._pending.add(item)
+        self._enqueue(item, self._jumps[point][0])
 
     async def submit(self, pixels: Array, point: int = 0) -> PipelineResult:
         """As `put`, and wait for the result.
@@ -141,115 +151,165 @@ class StagedPipeline:
         return await future
 
     async def close(self) -> None:
-        """Let work in flight finish, then end the loops."""
+        """Let work in flight finish; what comes from now on fails."""
         self._closing = True
         if self._pending:
-            await asyncio.wait([*self._pending])
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+            await self._empty.wait()
+
+    def _enqueue(self, item: WorkItem, stage: int) -> None:
+        queue = self._queues[stage]
+        queue.append(item)
+        if not self._max_queue_delay_s or len(queue) >= self._max_batch_size:
+            self._executor.wake()
+        elif self._loop is not None:
+            self._loop.call_later(self._max_queue_delay_s, self._executor.wake)
+
+    def _apply(self, trip: Trip, reports: Sequence[Report]) -> None:
+        """On the event loop: what came of a trip's last steps."""
+        if trip.ended:
+            self._trips.discard(trip)
+        for report in reports:
+            if report.stage is None:
+                self._learn_decoding(report.images, report.seconds)
+            else:
+                self._learn_run(report, report.stage)
+            for item, result in report.answered:
+                self._pending.discard(item)
+                item.answer(result)
+            for item, error in report.failed:
+                self._pending.discard(item)
+                item.fail(error)
+            for stage, item in report.expired:
+                self._pending.discard(item)
+                self._metrics[stage].expired.inc()
+                item.fail(too_late())
+            for stage, item in report.skipped:
+                self._pending.discard(item)
+                self._metrics[stage].skipped.inc()
+            self._pending.difference_update(report.wasted)
+            for item, stage in report.handed_on:
+                self._enqueue(item, stage)
+            for item in report.deferred:
+                self._pending.discard(item)
+                self._defer(item)
+        if self._closing and not self._pending:
+            self._empty.set()
+
+    def _learn_run(self, report: Report, stage: int) -> None:
+        metrics = self._metrics[stage]
+        metrics.batch_size.observe(report.images)
+        if report.error is not None:
+            metrics.failures.inc()
+            return
+        metrics.duration.observe(report.seconds)
+        if report.answered:
+            metrics.exits.inc(len(report.answered))
+        if report.wasted:
+            metrics.wasted.inc(len(report.wasted))
+        self.costs.observe(stage, report.images, report.seconds, report.going_on)
+
+    def _learn_decoding(self, images: int, seconds: float) -> None:
+        if images:
+            kept = DECODE_DECAY**images
+            self._decode_s = kept * self._decode_s + seconds
+            self._decode_weight = kept * self._decode_weight + images
+
+    def _defer(self, item: WorkItem) -> None:
+        if item.abandoned or item.undecoded is None:
+            return
+        try:
+            item.undecoded.defer()
+        except Exception as error:  # the threads have ended: its caller must not wait for ever
+            log.exception("an image could not be put off")
+            failure = InferenceFailed("the image could not be decoded")
+            failure.__cause__ = error
+            item.fail(failure)
+
+    # What follows is called on the instances' threads: a deque and a set take care of themselves, and what else is read may
+    # be a moment old.
+
+    def _take(self, num_idle: int) -> Trip | None:
+        """The next batch, where there is one to be taken; the stages take turns, so that none starves (docs/adr/0006)."""
+        # It is taken when an instance is free, so it grows until then (docs/adr/0001).
+        shares = 1 + num_idle if self._spread else 1
+        while True:
+            stage = self._next_queue()
+            if stage is None:
+                return None
+            self._turns[stage] = max(self._turns) + 1
+            batch = _pop(self._queues[stage], min(-(-len(self._queues[stage]) // shares), self._max_batch_size))
+            if batch:  # else another instance was faster
+                trip = Trip(self._rules, stage, batch)
+                self._trips.add(trip)
+                return trip
+
+    def _next_queue(self) -> int | None:
+        chosen = None
+        for stage, queue in enumerate(self._queues):
+            if chosen is not None and self._turns[stage] >= self._turns[chosen]:
+                continue
+            try:
+                since = queue[0].queued_at
+            except IndexError:
+                continue
+            delay_s = self._max_queue_delay_s if len(queue) < self._max_batch_size else 0.0
+            if not delay_s or time.perf_counter() - since >= delay_s - TIMER_S:
+                chosen = stage
+        return chosen
+
+    def _join(self, stage: int, images: int) -> list[WorkItem]:
+        """Who waits for a stage that so many go on to, as they do; in a cascade, images may wait that come from elsewhere."""
+        return [] if stage in self._entries else _pop(self._queues[stage], self._max_batch_size - images)
+
+    def _report(self, trip: Trip, reports: list[Report]) -> None:
+        if self._loop is None:
+            raise RuntimeError("a trip before the pipeline was started")
+        try:
+            self._loop.call_soon_threadsafe(self._apply, trip, reports)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            log.warning("a batch ended after the event loop had closed")
+
+    def _next_stage(self, item: WorkItem, stage: int) -> int:
+        return self._jumps[item.point][stage]
 
     def _least_s(self, stage: int, item: WorkItem, images: int) -> float:
-        return sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
+        if item.deadline == math.inf:
+            return 0.0
+        decode_s = self.mean_decode_s * images if item.undecoded is not None else 0.0
+        return decode_s + sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
 
-    def _forget(self, future: asyncio.Future[PipelineResult]) -> None:
-        del self._pending[future]
-
-    def _forward(self, item: WorkItem, stage: int) -> None:
-        item.queued_at = time.perf_counter()
-        self._batchers[self._jumps[item.point][stage]].put(item)
-
-    def _on_loop_end(self, loop: asyncio.Task[None]) -> None:
-        if loop.cancelled() and self._closing:
-            return
-        error = None if loop.cancelled() else loop.exception()
-        log.error("a batch loop ended; the model cannot serve any more", loop=loop.get_name(), exc_info=error)
-        self.failed = True
-        for item in self._pending.values():
-            item.fail(InferenceFailed("the model stopped running"))
+    def _goes_on(self, stage: int, item: WorkItem, images: int) -> bool:
+        queue = self._queues[stage]
+        joined = 0 if stage in self._entries else min(len(queue), self._max_batch_size - images)
+        if len(queue) == joined and not any(other for other in self._queues if other is not queue):
+            return True  # nobody else waits for the instance, so what costs least for those aboard
+        fixed_s = sum(self.costs.curves[needed].fixed_s for needed in self._needed[item.point][stage])
+        return fixed_s * (1 - (images + joined) / self._max_batch_size) <= HOP_S
 
 
-class _Stage:
-    """What to do with one batch at one stage."""
+class _StageMetrics:
+    """Of one stage."""
 
-    def __init__(
-        self,
-        index: int,
-        policy: ExitPolicy,
-        costs: StageCosts,
-        running: list[int],
-        *,
-        model: str,
-        metrics: Metrics,
-        forward: Callable[[WorkItem, int], None],
-    ) -> None:
-        self.index = index
-        self._policy = policy
-        self._costs = costs
-        self._running = running
-        self._forward = forward
-        self._batch_size = metrics.batch_size.labels(model, str(index))
-        self._duration = metrics.stage_duration.labels(model, str(index))
-        self._failures = metrics.stage_failures.labels(model, str(index))
-        self._exits = metrics.exits.labels(model, str(index))
-        self._wasted = metrics.wasted.labels(model, str(index))
+    def __init__(self, metrics: Metrics, model: str, stage: int) -> None:
+        labels = model, str(stage)
+        self.batch_size = metrics.batch_size.labels(*labels)
+        self.duration = metrics.stage_duration.labels(*labels)
+        self.failures = metrics.stage_failures.labels(*labels)
+        self.exits = metrics.exits.labels(*labels)
+        self.wasted = metrics.wasted.labels(*labels)
+        self.skipped = metrics.skipped.labels(*labels)
+        self.expired = metrics.expired.labels(*labels)
 
-    async def execute(self, run_stage: StageRun, batch: list[WorkItem]) -> None:
-        """Run a batch; every item of it leaves, goes on or fails (docs/adr/0007: no second try)."""
-        started = time.perf_counter()
-        self._running[self.index] += len(batch)
-        try:
-            self._batch_size.observe(len(batch))
-            output = await run_stage(self.index, _stack(batch))
-            seconds = time.perf_counter() - started
-            self._duration.observe(seconds)
-            for item in batch:
-                item.queue_s.append(started - item.queued_at)
-                item.compute_s.append(seconds)
-            going_on = self._route(batch, output)
-            self._costs.observe(self.index, len(batch), seconds, going_on)
-        except Exception as error:
-            self._failures.inc()
-            log.exception("stage run failed", stage=self.index, batch=len(batch))
-            for item in batch:
-                failure = InferenceFailed(f"the model failed at stage {self.index}; the image may be sent again")
-                failure.__cause__ = error
-                item.fail(failure)
-        finally:
-            self._running[self.index] -= len(batch)
 
-    def _route(self, batch: Sequence[WorkItem], output: StageOutput) -> int:
-        """How many go on."""
-        if len(output.logits) != len(batch):
-            raise ValueError(f"a batch of {len(batch)} came back as {len(output.logits)}")
-        history = None
-        if self._policy.patient:
-            history = with_answers(np.array([item.history for item in batch]), output.logits)
-        with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
-            leave, confidence = self._policy.decide(self.index, output.logits, [item.point for item in batch], history)
-            probabilities = self._policy.probabilities(self.index, output.logits)
-        going_on = 0
-        finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
-        for row, item in enumerate(batch):
-            if item.abandoned:
-                self._wasted.inc()
-                continue
-            if not finite[row]:
-                item.fail(InferenceFailed(f"the model gave no finite answer at stage {self.index}"))
-            elif leave[row]:
-                self._exits.inc()
-                item.future.set_result(self._result(item, probabilities[row], float(confidence[row])))
-            else:
-                if history is not None:
-                    item.history = int(history[row, 0]), int(history[row, 1])
-                item.inputs = {name: value[row] for name, value in output.state.items()}
-                self._forward(item, self.index + 1)
-                going_on += 1
-        return going_on
-
-    def _result(self, item: WorkItem, probabilities: FloatArray, confidence: float) -> PipelineResult:
-        exit_ = ExitInfo(stage=self.index, num_stages=self._policy.num_stages, confidence=confidence)
-        return PipelineResult(probabilities, exit_, tuple(item.queue_s), tuple(item.compute_s))
+def _pop(queue: deque[WorkItem], most: int) -> list[WorkItem]:
+    """The first ones; on any thread, beside others who do the same."""
+    items: list[WorkItem] = []
+    try:
+        while len(items) < most:
+            items.append(queue.popleft())
+    except IndexError:
+        pass
+    return items
 
 
 def _way(policy: ExitPolicy, point: int, jumps: Sequence[int]) -> Way:
@@ -267,9 +327,3 @@ def _needed(way: Way, stage: int) -> list[int]:
     while way.nobody_leaves[stages[-1]] and (after := way.after[stages[-1]]) is not None:
         stages.append(after)
     return stages
-
-
-def _stack(batch: Sequence[WorkItem]) -> dict[str, Array]:
-    if len(batch) == 1:  # no copy: NumPy would give up the interpreter lock for it
-        return {name: value[np.newaxis] for name, value in batch[0].inputs.items()}
-    return {name: np.stack([item.inputs[name] for item in batch]) for name in batch[0].inputs}

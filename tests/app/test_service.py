@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import app.service
 from app import errors
 from app.assembly import open_service
 from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ServiceError, UnsupportedImage
+from app.imaging.decode import QUICK_BYTES, QUICK_PIXELS
 from app.metrics import OUTCOMES, Metrics
 from app.service import InferenceService, outcome_of
-from app.types import Prediction
+from app.types import EncodedImage, Prediction
 from tests.app.http.served import MODEL, Gate, in_background, make_settings, until
 from tests.images import make_jpeg, make_png, photo, truncated
 
@@ -47,6 +51,43 @@ async def service(tiny_repository: Path, metrics: Metrics) -> AsyncIterator[Infe
 async def classify(service: InferenceService, *images: bytes, top_k: int = 10) -> list[Prediction | ServiceError]:
     with service.admission.admit() as permit:
         return await service.classify(images, permit, model=service.registry.get(), top_k=top_k)
+
+
+@pytest.mark.parametrize(
+    ("image", "decode_threads", "where"),
+    [
+        (JPEG, 0, ["instance"]),
+        (JPEG, 1, ["decode"]),
+        (JPEG + bytes(QUICK_BYTES), 0, ["instance", "decode"]),
+        (make_png(np.zeros((1, QUICK_PIXELS + 1, 3), np.uint8)), 0, ["instance", "decode"]),
+        (lambda: JPEG, 0, ["decode"]),
+    ],
+    ids=["small", "asked for", "many bytes", "many pixels", "base64"],
+)
+async def test_images_are_decoded_where_they_are_computed_unless_that_takes_long(
+    tiny_repository: Path,
+    metrics: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    image: EncodedImage,
+    decode_threads: int,
+    where: list[str],
+) -> None:
+    """Or threads for it are asked for. The answer is the same, and its time is told."""
+    threads: list[str] = []
+
+    def load_pixels(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("-")[0])
+        return load(*args, **kwargs)
+
+    load = app.service.load_pixels
+    monkeypatch.setattr(app.service, "load_pixels", load_pixels)
+    service = await open_service(make_settings(tiny_repository, limits={"decode_threads": decode_threads}), metrics)
+    with service.admission.admit() as permit:
+        (answer,) = await service.classify([image], permit, model=service.registry.get())
+    assert isinstance(answer, Prediction)
+    assert answer.timings.decode_s > 0
+    await service.close()
+    assert threads == where
 
 
 async def test_answers_are_in_the_order_of_the_images_with_errors_beside(service: InferenceService, metrics: Metrics) -> None:

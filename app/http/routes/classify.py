@@ -8,17 +8,18 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
+from starlette.types import Receive, Scope
 
 from app.errors import DeadlineExceeded, InvalidRequest, ServiceError
+from app.http.call import Call
 from app.http.errors import describe_validation, problem_responses
 from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
-from app.http.time_budget import TimeBudget, budget_s, timeout_header
-from app.http.uploads import FORMS, media_type, read_upload
+from app.http.time_budget import TIMEOUT_HEADER, budget_s, timeout_asked_ms
+from app.http.uploads import FORMS, read_upload
 from app.log import request_id
-from app.metrics import Metrics
 from app.quality import Rung
 from app.service import InferenceService, LoadedModel, outcome_of
 from app.settings import Settings
@@ -32,20 +33,22 @@ class _DirectRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        return _handle
+        async def handle(request: Request) -> Response:
+            return await _handle(request.scope, request.receive)
+
+        return handle
 
 
-async def _handle(request: Request) -> Response:
+async def _handle(scope: Scope, receive: Receive) -> Response:
     """Gives the endpoint its time budget and its parameters, and counts how it ended, whatever was wrong."""
-    metrics: Metrics = request.app.state.metrics
-    longest_s: float = request.app.state.settings.http.request_timeout_s
-    request.state.started = started = time.perf_counter()
-    request.state.budget = budget = TimeBudget(longest_s, started)
-    request.state.model_label = UNKNOWN_MODEL
+    app: FastAPI = scope["app"]
+    longest_s: float = app.state.settings.http.request_timeout_s
+    call = Call(scope, receive, longest_s)
+    budget = call.budget
     outcome = "failed"
     try:
         async with asyncio.timeout(longest_s) as budget.timer:
-            response = await classify(request, *_query(request))
+            response = await classify(call, *_query(call))
         outcome = "ok"
         return response
     except TimeoutError as error:
@@ -57,19 +60,17 @@ async def _handle(request: Request) -> Response:
         outcome = outcome_of(error)
         raise
     finally:
-        label = request.state.model_label
-        metrics.requests.labels(label, outcome).inc()
-        metrics.request_duration.labels(label).observe(time.perf_counter() - started)
+        app.state.metrics.observe_request(call.model_label, outcome, time.perf_counter() - call.started)
 
 
 DIRECT = {("POST", "/v1/classify"): _handle}
 
 
-def _query(request: Request) -> tuple[str | None, int | None, int | None, str | None, str | None, int | None]:
-    if not request.scope["query_string"]:
+def _query(call: Call) -> tuple[str | None, int | None, int | None, str | None, str | None, int | None]:
+    if not call.scope["query_string"]:
         return None, None, None, None, None, None
     try:
-        fields = ClassifyFields.model_validate(dict(request.query_params))
+        fields = ClassifyFields.model_validate(dict(call.query_params))
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
     return fields.model, fields.version, fields.top_k, fields.quality, fields.min_quality, fields.timeout_ms
@@ -78,7 +79,6 @@ def _query(request: Request) -> tuple[str | None, int | None, int | None, str | 
 router = APIRouter(tags=["classify"], route_class=_DirectRoute)
 
 DEFAULT_TOP_K = 5
-UNKNOWN_MODEL = "unknown"  # the metrics' label of a request that named no model of ours: never the client's own words
 WATCH_AFTER_S = 0.02  # of work before anyone looks whether the client is still there
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     openapi_extra={"requestBody": REQUEST_BODY},
 )
 async def classify(
-    request: Request,
+    call: Call,
     model: Annotated[str | None, Query(description="Model to use; unset: the default one.")] = None,
     version: Annotated[int | None, Query(ge=1, description="Version of the model; unset: the highest loaded.")] = None,
     top_k: Annotated[int | None, Query(description="How many classes to answer with; unset: 5, or all if fewer.")] = None,
@@ -144,29 +144,30 @@ async def classify(
     With a single image an error is the answer's status, as problem+json. With several the answer is 200 and each
     image has its own predictions or its own error.
     """
-    state = request.app.state
+    state = call.app.state
     service: InferenceService = state.service
     settings: Settings = state.settings
-    budget: TimeBudget = request.state.budget
-    asked_ms = _either("timeout_ms", timeout_ms, timeout_header(request), "header")
+    budget = call.budget
+    asked_ms = _either("timeout_ms", timeout_ms, timeout_asked_ms(call.header(TIMEOUT_HEADER)), "header")
     if asked_ms is not None:
         budget.shorten(asked_ms / 1000)  # the upload is part of it
     choice = None
     with service.admission.admit() as permit:
-        if _is_one_image(request):  # all that it asks for stands in its head, so what comes too late need not be read
+        # One image as the body: all that it asks for stands in the head, so what comes too late need not be read.
+        if call.media_type not in FORMS:
             chosen = service.registry.get(model, version)
-            request.state.model_label = chosen.manifest.name
+            call.model_label = chosen.manifest.name
             budget.shorten(budget_s(settings, chosen.manifest.name, asked_ms))
             choice = chosen.choose(quality, min_quality, budget_s=budget.left_s)
         upload = await read_upload(
-            request, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
+            call, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
         )
         if state.quotas is not None:
-            state.quotas.take(request.headers.get(settings.quotas.header, ""), len(upload.images))
+            state.quotas.take(call.header(settings.quotas.header.lower().encode()), len(upload.images))
         if choice is None:
             fields = upload.fields
             chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
-            request.state.model_label = chosen.manifest.name
+            call.model_label = chosen.manifest.name
             top_k = _either("top_k", top_k, fields.top_k)
             budget.shorten(budget_s(settings, chosen.manifest.name, _either("timeout_ms", asked_ms, fields.timeout_ms)))
             choice = chosen.choose(
@@ -182,9 +183,9 @@ async def classify(
             top_k=min(DEFAULT_TOP_K, len(chosen.labels)) if top_k is None else top_k,
             choice=choice,
             deadline=budget.deadline,
-            started=request.state.started,
+            started=call.started,
         )
-        answers = await _while_connected(request, classified)
+        answers = await _while_connected(call, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
         raise answers[0]
     return _answer(chosen, choice.rung, answers)
@@ -205,7 +206,7 @@ def _answer(model: LoadedModel, rung: Rung, answers: list[Prediction | ServiceEr
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(call: Call, work: Coroutine[Any, Any, T]) -> T:
     """The result of the work. It is cancelled when the client leaves, so that no batch is computed for nobody.
 
     Nobody watches during the first moments, in which most work is done: a watcher costs more than it could save then.
@@ -219,7 +220,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     async def watch() -> None:
         nonlocal has_left
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await call.receive())["type"] != "http.disconnect":
             pass
         has_left = True
         if task is not None:
@@ -240,10 +241,6 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         timer.cancel()
         if watcher is not None:
             watcher.cancel()
-
-
-def _is_one_image(request: Request) -> bool:
-    return media_type(request) not in FORMS
 
 
 def _either(name: str, query: T | None, other: T | None, where: str = "body") -> T | None:

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope
 
 from app.errors import Overloaded
-from app.http.direct import DirectRoutes
+from app.http.direct import Direct
 from tests.app.http.served import CLASSIFY, JPEG, Served, check_problem
 
 pytestmark = pytest.mark.anyio
 
 
-async def answer(request: Request) -> Response:
+async def answer(scope: Scope, _receive: Receive) -> Response:
     """What the short way says."""
-    if request.query_params:
+    if scope["query_string"]:
         raise Overloaded("too much", retry_after_s=2.5)
     return PlainTextResponse("short")
 
 
 @pytest.fixture
 def client() -> httpx.AsyncClient:
-    """An application that has the same route itself."""
-
-    async def long(_request: Request) -> Response:
-        return PlainTextResponse("long")
-
-    app = Starlette(routes=[Route("/x", long, methods=["GET", "POST"])])
-    direct = DirectRoutes(app, handlers={("POST", "/x"): answer})
+    """Nothing but the short way."""
+    direct = Direct({("POST", "/x"): answer})
     return httpx.AsyncClient(transport=httpx.ASGITransport(direct), base_url="http://test")
 
 
-async def test_only_the_very_method_and_path_go_the_short_way(client: httpx.AsyncClient) -> None:
-    """Another method and another path are the application's."""
+async def test_a_handler_answers(client: httpx.AsyncClient) -> None:
+    """For its method and path."""
     assert (await client.post("/x")).text == "short"
-    assert (await client.get("/x")).text == "long"
-    assert (await client.post("/y")).status_code == 404
 
 
 async def test_errors_of_the_service_become_problems(client: httpx.AsyncClient) -> None:
@@ -59,3 +50,10 @@ async def test_under_a_prefix_the_application_answers_likewise(served: Served) -
 
     assert [r["predictions"] for r in long.json()["results"]] == [r["predictions"] for r in short.json()["results"]]
     check_problem(bad, 415, "unsupported_image")
+
+
+async def test_only_the_very_method_and_path_go_the_short_way(served: Served) -> None:
+    """Another method on the path is answered by the framework, and both carry the request's id."""
+    short, long = await served.classify(JPEG), await served.client.get(CLASSIFY)
+    assert (short.status_code, long.status_code) == (200, 405)
+    assert all(len(response.headers.get_list("x-request-id")) == 1 for response in (short, long))

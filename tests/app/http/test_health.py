@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from app.http.application import drain
-from tests.app.http.served import JPEG, MODEL, Served, check_answer, check_problem, until
+from app.runtime.pool import MAX_GIVEN_UP
+from tests.app.http.served import JPEG, Served, check_answer
 
 pytestmark = pytest.mark.anyio
 
@@ -30,16 +29,14 @@ async def test_a_service_that_drains_is_live_but_not_ready(served: Served) -> No
     check_answer(await served.classify(JPEG))
 
 
-async def test_a_service_whose_model_failed_is_live_but_not_ready(served: Served) -> None:
-    """A batch loop that died cannot come back: requests fail in words, /v1/models and the metric say it too."""
-    (loop,) = [task for task in asyncio.all_tasks() if task.get_name() == f"{MODEL} stage 1"]
-    loop.cancel()
-    await until(loop.done)
+async def test_a_service_whose_model_failed_is_live_but_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many runs never ended: /v1/models and the metric say it too; whoever still comes is answered."""
+    monkeypatch.setattr(served.app.state.service.registry.get().pool, "_num_given_up", MAX_GIVEN_UP)
     live, ready = await served.client.get("/health/live"), await served.client.get("/health/ready")
     assert live.status_code == 200
     assert (ready.status_code, ready.json()) == (503, {"ready": False})
     assert served.sample("fovea_ready") == 0
-    check_problem(await served.classify(JPEG), 500, "inference_failed", "model")
+    check_answer(await served.classify(JPEG))
     (model,) = (await served.client.get("/v1/models")).json()["models"]
     assert not model["ready"]
     served.assert_nothing_in_flight()

@@ -60,7 +60,7 @@ def test_what_is_written_by_hand_holds_the_schema() -> None:
 def test_server_timing_tells_of_the_slowest() -> None:
     """Its decode, queue, compute of each stage, and total."""
     header = server_timing([make_prediction(0.009), make_prediction(0.0123456), make_prediction(0.010)])
-    assert header == "decode;dur=3.1, queue;dur=1.5, stage_0;dur=2.0, stage_1;dur=2.457, total;dur=12.346"
+    assert header == "decode;dur=3.100, queue;dur=1.500, stage_0;dur=2.000, stage_1;dur=2.457, total;dur=12.346"
 
 
 def test_the_example_is_a_red_square() -> None:

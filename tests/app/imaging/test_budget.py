@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from app.errors import ImageTooLarge, InvalidImage
-from app.imaging.budget import DecodeBudget
+from app.imaging.budget import DecodeBudget, NeedsTime
 from app.imaging.preprocess import load_pixels
 from tests.images import make_jpeg, make_png, truncated
 from tests.peak_memory import SPEC
@@ -165,3 +165,15 @@ def test_an_image_over_the_budget_is_refused() -> None:
     """By its header."""
     with pytest.raises(ImageTooLarge, match="memory"):
         load_pixels(make_png(), SPEC, max_pixels=10**6, budget=DecodeBudget(10**6))
+
+
+def test_who_cannot_wait_is_told_so() -> None:
+    """At once, and nothing is held for it."""
+    budget = DecodeBudget(10)
+    with budget.hold(8):
+        with pytest.raises(NeedsTime), budget.hold(3, wait=False):
+            pass
+        with budget.hold(2, wait=False):
+            pass
+    with budget.hold(10, wait=False):
+        pass

@@ -1,17 +1,21 @@
-"""Instances are lent fairly, come back whatever happens, and each works on a thread of its own."""
+"""Instances fetch work when they are free, each on a thread of its own, and go on whatever a run does."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
+from prometheus_client import Counter
+from structlog.testing import capture_logs
 
-from app.runtime.pool import BackendPool
-from app.types import Array
+from app.runtime.pool import MAX_GIVEN_UP, BackendPool
+from app.types import StageOutput, StageRun, Work
 from models.manifest import PIXELS
-from tests.fakes import VIRTUAL_TIME, FakeBackend, pixels, settle
+from tests.fakes import PATIENCE_S, VIRTUAL_TIME, FakeBackend, pixels
 
 pytestmark = pytest.mark.anyio
 
@@ -21,15 +25,69 @@ def anyio_backend() -> object:
     return VIRTUAL_TIME
 
 
-def one(number: int) -> Mapping[str, Array]:
-    """A batch of one image."""
-    return {PIXELS: pixels(number)[None]}
+class Runs:
+    """Work of some runs of stage 0, one image each; the future gets what they answered, or what stopped it."""
+
+    def __init__(self, *numbers: int) -> None:
+        self._numbers = numbers
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[list[int | Exception]] = self._loop.create_future()
+
+    def go(self) -> Generator[StageRun, StageOutput, None]:
+        answers: list[int | Exception] = []
+        for number in self._numbers:
+            try:
+                output = yield 0, {PIXELS: pixels(number)[None]}
+                answers.append(int(output.logits.argmax()))
+            except Exception as error:
+                answers.append(error)
+        self._loop.call_soon_threadsafe(self.future.set_result, answers)
+
+    def stop(self, error: BaseException) -> None:
+        stopped = RuntimeError("stopped")
+        stopped.__cause__ = error
+        self._loop.call_soon_threadsafe(self.future.set_exception, stopped)
 
 
-async def run(pool: BackendPool, number: int) -> int:
-    async with pool.slot() as run_stage:
-        output = await run_stage(0, one(number))
-    return int(output.logits.argmax())
+class Queue:
+    """Work in the order in which it came, and how many instances were idle beside the one that took each."""
+
+    def __init__(self, pool: BackendPool) -> None:
+        self._pool = pool
+        self._works: deque[Work] = deque()
+        self.num_idle: list[int] = []
+        pool.start(self._take)
+
+    def put(self, *numbers: int) -> asyncio.Future[list[int | Exception]]:
+        work = Runs(*numbers)
+        self._works.append(work)
+        self._pool.wake()
+        return work.future
+
+    def _take(self, num_idle: int) -> Work | None:
+        try:
+            work = self._works.popleft()
+        except IndexError:
+            return None
+        self.num_idle.append(num_idle)
+        return work
+
+
+@asynccontextmanager
+async def working(pool: BackendPool) -> AsyncIterator[Queue]:
+    """The pool at work, closed afterwards."""
+    with capture_logs():
+        yield Queue(pool)
+        await asyncio.to_thread(pool.close)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """In real time, which threads need."""
+    for _ in range(int(PATIENCE_S / 0.002)):
+        if condition():
+            return
+        await asyncio.to_thread(threading.Event().wait, 0.002)
+    raise AssertionError("that never came")
 
 
 async def test_n_instances_run_n_batches_at_once() -> None:
@@ -38,120 +96,85 @@ async def test_n_instances_run_n_batches_at_once() -> None:
     pool = BackendPool(backends)
     assert pool.num_instances == 3
 
-    with ExitStack() as stack:
-        for backend in backends:
-            stack.enter_context(backend.held())
-        tasks = [asyncio.create_task(run(pool, number)) for number in range(4)]
-        for backend in backends:
-            await backend.began(1)
-        await settle()
-        assert [len(backend.runs) for backend in backends] == [1, 1, 1]
-    assert await asyncio.gather(*tasks) == [0, 1, 2, 3]
-    pool.close()
+    async with working(pool) as queue:
+        with ExitStack() as stack:
+            for backend in backends:
+                stack.enter_context(backend.held())
+            futures = [queue.put(number) for number in range(4)]
+            for backend in backends:
+                await backend.began(1)
+            assert [len(backend.runs) for backend in backends] == [1, 1, 1]
+        assert await asyncio.gather(*futures) == [[0], [1], [2], [3]]
 
     assert len({thread for backend in backends for thread in backend.threads}) == 3
     assert [backend.most_running for backend in backends] == [1, 1, 1]
     assert [len(set(backend.threads)) for backend in backends] == [1, 1, 1]
+    assert queue.num_idle == [2, 1, 0, 0]
 
 
 async def test_instances_may_share_one_backend() -> None:
     """It then runs on as many threads as it stands there, and is closed once."""
     backend = FakeBackend()
-    pool = BackendPool([backend, backend])
 
-    with backend.held():
-        tasks = [asyncio.create_task(run(pool, number)) for number in range(2)]
-        await backend.began(2)
-    await asyncio.gather(*tasks)
-    pool.close()
+    async with working(BackendPool([backend, backend])) as queue:
+        with backend.held():
+            futures = [queue.put(number) for number in range(2)]
+            await backend.began(2)
+        await asyncio.gather(*futures)
 
     assert len(set(backend.threads)) == backend.most_running == 2
     assert backend.num_closed == 1
 
 
-async def test_instances_are_lent_first_come_first_served() -> None:
-    """Whoever gives an instance back and wants it again at once comes after those who wait already."""
+async def test_all_work_is_done_however_it_comes() -> None:
+    """Much at once and little at a time, by threads that fall asleep in between: nothing is left lying."""
     backend = FakeBackend()
-    pool = BackendPool([backend])
 
-    async def twice(number: int) -> None:
-        await run(pool, number)
-        await run(pool, number + 10)
-
-    await asyncio.gather(*(twice(number) for number in range(4)))
-    pool.close()
-
-    assert [number for _, (number,) in backend.runs] == [0, 1, 2, 3, 10, 11, 12, 13]
+    async with working(BackendPool([backend] * 3)) as queue:
+        for size in (40, 1, 1, 7, 2, 1) * 20:
+            answers = await asyncio.gather(*(queue.put(number) for number in range(size)))
+            assert answers == [[number] for number in range(size)]
 
 
-async def test_a_slot_comes_back_after_an_error() -> None:
-    """The error reaches who ran, and the instance is lent again."""
+async def test_a_runs_error_is_thrown_into_the_work() -> None:
+    """Which goes on as it likes; so does the instance."""
     backend = FakeBackend()
-    pool = BackendPool([backend])
-    backend.failure = RuntimeError("the engine broke")
 
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="the engine broke"):
-            await run(pool, 1)
-    backend.failure = None
-
-    assert await run(pool, 2) == 2
-    pool.close()
+    async with working(BackendPool([backend])) as queue:
+        backend.failure = RuntimeError("the engine broke")
+        assert await queue.put(1, 2) == [backend.failure] * 2
+        backend.failure = None
+        assert await queue.put(3, 4) == [3, 4]
 
 
-async def test_a_slot_comes_back_after_a_cancelled_run() -> None:
-    """The run itself goes on to its end on its thread; the next run of the instance begins only then."""
+async def test_a_run_that_would_end_its_thread_stops_the_work_alone() -> None:
+    """What is no usual error; the instance goes on."""
     backend = FakeBackend()
-    pool = BackendPool([backend])
 
-    with backend.held():
-        gone = asyncio.create_task(run(pool, 1))
-        await backend.began(1)
-        gone.cancel()
-        await asyncio.wait([gone])
-        following = asyncio.create_task(run(pool, 2))
-        await settle()
-        assert gone.cancelled()
-        assert len(backend.runs) == 1
-    assert await following == 2
-    pool.close()
-
-    assert backend.most_running == 1
+    async with working(BackendPool([backend])) as queue:
+        backend.failure = SystemExit("as sys.exit would")
+        with pytest.raises(RuntimeError, match="stopped") as caught:
+            await queue.put(1, 2)
+        assert caught.value.__cause__ is backend.failure
+        backend.failure = None
+        assert await queue.put(3) == [3]
 
 
-async def test_a_cancelled_wait_costs_no_slot() -> None:
-    """Who stops waiting for an instance takes none with him, and those behind him move up."""
-    backend = FakeBackend()
-    pool = BackendPool([backend])
-
-    with backend.held():
-        first = asyncio.create_task(run(pool, 1))
-        await backend.began(1)
-        gone, following = (asyncio.create_task(run(pool, number)) for number in (2, 3))
-        await settle()
-        gone.cancel()
-        await settle()
-    assert await asyncio.gather(first, following) == [1, 3]
-    pool.close()
-
-    assert [number for _, (number,) in backend.runs] == [1, 3]
-
-
-async def test_close_waits_for_the_run_and_closes_every_backend() -> None:
-    """Afterwards nothing runs any more, and a late caller gets an error instead of waiting."""
+async def test_close_waits_for_the_work_and_closes_every_backend() -> None:
+    """Also where it never began."""
     backends = [FakeBackend(), FakeBackend()]
-    pool = BackendPool(backends)
-    await asyncio.gather(run(pool, 1), run(pool, 2))
-
-    pool.close()
-
+    async with working(BackendPool(backends)) as queue:
+        futures = [queue.put(1), queue.put(2)]
+        await asyncio.gather(*futures)
     assert [backend.num_closed for backend in backends] == [1, 1]
-    with pytest.raises(RuntimeError):
-        await run(pool, 3)
+
+    never = FakeBackend()
+    BackendPool([never]).close()
+    assert never.num_closed == 1
 
 
 def test_a_pool_without_backends_is_refused() -> None:
-    """It could never lend."""
+    """It could never do anything."""
     with pytest.raises(ValueError, match="at least one"):
         BackendPool([])
 
@@ -159,19 +182,63 @@ def test_a_pool_without_backends_is_refused() -> None:
 async def test_a_batch_that_has_the_machine_to_itself_runs_on_the_wide_backend() -> None:
     """Whoever comes meanwhile runs on its instance's own, and so does the next while that is out; all are closed."""
     narrow, wide = FakeBackend(), FakeBackend()
-    pool = BackendPool([narrow, narrow], wide)
 
-    with wide.held(), narrow.held():
-        first = asyncio.create_task(run(pool, 1))
-        await wide.began(1)
-        second = asyncio.create_task(run(pool, 2))
-        await narrow.began(1)
-        wide._open.set()
-        assert await first == 1
-        third = asyncio.create_task(run(pool, 3))
-        await narrow.began(2)
-    assert await asyncio.gather(second, third) == [2, 3]
-    assert await run(pool, 4) == 4
+    async with working(BackendPool([narrow, narrow], wide)) as queue:
+        with wide.held(), narrow.held():
+            first = queue.put(1)
+            await wide.began(1)
+            second = queue.put(2)
+            await narrow.began(1)
+            wide._open.set()
+            assert await first == [1]
+            third = queue.put(3)
+            await narrow.began(2)
+        assert await asyncio.gather(second, third) == [[2], [3]]
+        await until(lambda: not queue._pool._busy)
+        assert await queue.put(4) == [4]
     assert (wide.runs, narrow.runs) == ([(0, [1]), (0, [4])], [(0, [2]), (0, [3])])
-    pool.close()
     assert (wide.num_closed, narrow.num_closed) == (1, 1)
+
+
+async def test_a_run_that_does_not_end_is_given_up(metrics_counter: Counter) -> None:
+    """Its work is stopped, another thread takes its place, and whatever it still brings is not looked at."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=0.2, replaced=metrics_counter)
+
+    async with working(pool) as queue:
+        (stuck,) = pool._instances
+        with backend.held():
+            future = queue.put(1, 2)
+            await backend.began(1)
+            stuck._began = -1e9  # long ago
+            with pytest.raises(RuntimeError, match="stopped") as caught:
+                await future
+            assert isinstance(caught.value.__cause__, TimeoutError)
+            assert pool._instances != [stuck]
+        assert await queue.put(3) == [3]
+        await until(lambda: not stuck._thread.is_alive())
+        assert not pool.failed
+    assert metrics_counter._value.get() == 1
+    assert [numbers for _, numbers in backend.runs] == [[1], [3]]
+
+
+async def test_a_pool_that_gave_up_too_many_runs_has_failed() -> None:
+    """Each may hold a core for ever."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=0.2)
+
+    async with working(pool) as queue:
+        with backend.held():
+            for number in range(MAX_GIVEN_UP):
+                assert not pool.failed
+                future = queue.put(number)
+                await backend.began(number + 1)
+                pool._instances[0]._began = -1e9
+                with pytest.raises(RuntimeError, match="stopped"):
+                    await future
+        assert pool.failed
+
+
+@pytest.fixture
+def metrics_counter() -> Counter:
+    return Counter("given_up", "Runs.", registry=None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from app.scheduling.forecast import MAX_AGE_S, MAX_FACTOR, MIN_ANSWERS, REFRESH, WINDOW, Correction, Forecast
+from app.scheduling.forecast import MAX_AGE_S, MAX_FACTOR, MIN_ANSWERS, REFRESH_S, WINDOW, Correction, Forecast
 from tests.fakes import Clock
 
 
@@ -50,14 +50,19 @@ def test_it_knows_whether_anybody_is_in_front(decoding: int, computing: int, bus
 
 def test_answers_teach_a_factor_and_a_margin() -> None:
     """Half as long again as a rule, and one in two hundred more than that; few answers teach no factor."""
-    correction = Correction(Clock())
+    clock = Clock()
+    correction = Correction(clock)
     assert (correction.factor, correction.margin_s) == (1, 0)
     for number in range(200):
         correction.add(0.1, 0.15 + (0.05 if number % 100 == 0 else 0.0))
-    assert correction.factor == pytest.approx(1.505)
-    assert correction.margin_s == pytest.approx(0.2 - 0.1505)
+    clock.advance(REFRESH_S)
+    correction.add(0.1, 0.15)
+    assert correction.factor == pytest.approx(1.505, rel=1e-4)
+    assert correction.margin_s == pytest.approx(0.2 - 0.1505, rel=1e-3)
     for _ in range(WINDOW):
         correction.add(0.1, 0.1)
+    clock.advance(REFRESH_S)
+    correction.add(0.1, 0.1)
     assert (correction.factor, correction.margin_s) == pytest.approx((1, 0))
     correction.add(0.1, 9.0)
     assert correction.factor == pytest.approx(1)  # not looked up yet
@@ -78,7 +83,7 @@ def test_care_ends_by_itself() -> None:
     forecast = Forecast(Decoding(), Computing(), no_lag, Correction(clock))
     before_s = forecast.needed_s(0.1)
     assert before_s == pytest.approx(0.1)
-    for _ in range(REFRESH):
+    for _ in range(MIN_ANSWERS):
         forecast.learn(0.1, 0.9)
     assert forecast.needed_s(0.1) == pytest.approx(0.9)
     assert forecast.expected_s(0.1) == pytest.approx(0.1 * MAX_FACTOR)

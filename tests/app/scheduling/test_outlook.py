@@ -40,6 +40,11 @@ def started(executor: FakeExecutor, metrics: Metrics) -> StagedPipeline:
     return pipeline
 
 
+async def closed(pipeline: StagedPipeline, executor: FakeExecutor) -> None:
+    await pipeline.close()
+    await executor.close()
+
+
 def put(
     pipeline: StagedPipeline, numbers: range, *, point: int = BALANCED, left_s: float = math.inf
 ) -> list[asyncio.Future[PipelineResult]]:
@@ -79,7 +84,7 @@ async def test_what_waits_and_half_of_what_runs_is_in_front(metrics: Metrics) ->
         assert before_s == pytest.approx((8 / 2 + 1) * 1.5 / 2)
         assert own_s == pytest.approx(3 * 2.0)
         assert pipeline.num_images == 11
-    await pipeline.close()
+    await closed(pipeline, executor)
     assert pipeline.num_images == 0
 
 

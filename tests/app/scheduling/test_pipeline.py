@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from app.errors import InferenceFailed
+from app.errors import InferenceFailed, InvalidImage
 from app.metrics import Metrics
 from app.runtime.pool import BackendPool
 from app.scheduling.pipeline import StagedPipeline
-from app.scheduling.work import WorkItem
-from app.types import PipelineResult, StageExecutor, StageOutput
+from app.scheduling.work import Undecoded, WorkItem
+from app.types import Array, PipelineResult, RunTime, StageOutput
 from models.manifest import PIXELS
 from tests.fakes import (
     NUM_STAGES,
     THRESHOLD,
     VIRTUAL_TIME,
-    FakeBackend,
     FakeExecutor,
+    VirtualTimeLoop,
     answer,
     answered_number,
     make_policy,
@@ -33,6 +33,7 @@ from tests.fakes import (
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_clock")]
 Answers = list[PipelineResult | BaseException]
+SLOW_START = [[RunTime(1, 1.0), RunTime(4, 1.0)]] * NUM_STAGES  # a run costs the same whatever its size: fuller ones pay
 
 
 @pytest.fixture
@@ -42,13 +43,14 @@ def anyio_backend() -> object:
 
 @asynccontextmanager
 async def pipeline_on(
-    executor: StageExecutor,
+    executor: FakeExecutor | BackendPool,
     metrics: Metrics,
     *,
     max_batch_size: int = 4,
     max_queue_delay_s: float = 0.0,
     points: list[list[float | None]] | None = None,
     entries: Sequence[int] = (0,),
+    run_times: Sequence[Sequence[RunTime]] | None = None,
 ) -> AsyncIterator[StagedPipeline]:
     """A started pipeline, closed afterwards."""
     pipeline = StagedPipeline(
@@ -60,11 +62,16 @@ async def pipeline_on(
         metrics=metrics,
         max_batch_size=max_batch_size,
         max_queue_delay_s=max_queue_delay_s,
+        run_times=run_times,
     )
     pipeline.start()
     with capture_logs():  # failures on purpose are not for the terminal
         yield pipeline
         await pipeline.close()
+    if isinstance(executor, FakeExecutor):
+        await executor.close()
+    else:
+        executor.close()
 
 
 async def submit(pipeline: StagedPipeline, *numbers: int) -> list[asyncio.Task[PipelineResult]]:
@@ -94,7 +101,7 @@ async def test_order_and_identity_survive_rebatching_across_stages(metrics: Metr
     leaves_after = {number: number * 7 % NUM_STAGES for number in range(30)}
     executor = FakeExecutor(leaves_after, instances=2, run_s=0.001)
 
-    async with pipeline_on(executor, metrics, max_batch_size=4) as pipeline:
+    async with pipeline_on(executor, metrics, max_batch_size=4, run_times=SLOW_START) as pipeline:
         results = await asyncio.gather(*(pipeline.submit(pixels(number)) for number in range(30)))
 
     assert list(range(30)) == [answered_number(result) for result in results]
@@ -181,15 +188,15 @@ async def test_no_batch_exceeds_max_batch_size_at_any_stage(metrics: Metrics, in
 
 
 async def test_timings_tell_wait_and_run_of_every_stage(metrics: Metrics) -> None:
-    """Two images, one instance, runs of 8 ms: the second waits for the first, then both go on together."""
+    """Two images, one instance, runs of 8 ms: the second waits until the first has gone all its way."""
     executor = FakeExecutor({1: 1, 2: 1}, run_s=0.008)
 
     async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
         first, second = await asyncio.gather(pipeline.submit(pixels(1)), pipeline.submit(pixels(2)))
 
-    assert executor.runs == [(0, [1]), (0, [2]), (1, [1]), (1, [2])]
-    assert first.queue_s == pytest.approx([0.0, 0.008])
-    assert second.queue_s == pytest.approx([0.008, 0.008])
+    assert executor.runs == [(0, [1]), (1, [1]), (0, [2]), (1, [2])]
+    assert first.queue_s == pytest.approx([0.0, 0.0])
+    assert second.queue_s == pytest.approx([0.016, 0.0])
     assert first.compute_s == second.compute_s == pytest.approx([0.008, 0.008])
     assert count(metrics, "fovea_stage_duration_seconds_sum", 0) == pytest.approx(0.016)
     assert count(metrics, "fovea_batch_size_count", 0) == 2
@@ -216,12 +223,12 @@ async def test_a_cancelled_image_is_not_computed_by_a_later_stage(metrics: Metri
     """The caller leaves while the image waits for stage 1: it goes no further, the others of its batch do."""
     executor = FakeExecutor({1: 1, 2: 1})
 
-    async with pipeline_on(executor, metrics) as pipeline:
+    async with pipeline_on(executor, metrics, run_times=SLOW_START) as pipeline:
         async with asyncio.TaskGroup() as group:
             staying, gone = (group.create_task(pipeline.submit(pixels(number))) for number in (1, 2))
             with executor.held():
                 await settle()
-                (other,) = await submit(pipeline, 9)  # waits for the slot before stage 1 does
+                (other,) = await submit(pipeline, 9)  # waits longer than those who come to stage 1
                 executor.let_one_finish()
                 await settle()
                 assert executor.runs == [(0, [1, 2]), (0, [9])]
@@ -278,7 +285,6 @@ async def test_a_failing_run_fails_only_its_batch(metrics: Metrics, stage: int) 
 
     async with pipeline_on(executor, metrics, max_batch_size=2) as pipeline:
         found = await answers(await submit(pipeline, *range(6)))
-        assert not pipeline.failed
 
     assert len(executor.batches(stage)) == 3
     assert executor.batches(stage)[0] == failed_numbers(found)
@@ -340,17 +346,29 @@ async def test_logits_that_are_not_finite_fail_only_their_own_image(metrics: Met
 
 
 async def test_no_stage_starves_while_another_is_busy(metrics: Metrics) -> None:
-    """One instance and a long queue at stage 0: an image on its way through all stages waits for one run before each."""
-    backend = FakeBackend({0: 2})
-    pool = BackendPool([backend])
+    """One instance and a long queue: survivors that are batched anew wait for one run before each of their own."""
+    executor = FakeExecutor({0: 2}, run_s=0.001)
 
-    async with pipeline_on(pool, metrics, max_batch_size=1) as pipeline:
-        tasks = await submit(pipeline, *range(12))
-        await answers(tasks)
-    pool.close()
+    async with pipeline_on(executor, metrics, max_batch_size=2, run_times=SLOW_START) as pipeline:
+        await answers(await submit(pipeline, *range(12)))
 
-    way = [index for index, (_, numbers) in enumerate(backend.runs) if numbers == [0]]
+    way = [index for index, (_, numbers) in enumerate(executor.runs) if 0 in numbers]
     assert way == [0, 2, 4]
+
+
+async def test_survivors_go_straight_on_where_nothing_is_gained_by_waiting(metrics: Metrics) -> None:
+    """Where runs cost by the image, or nobody waits for the instance; else they wait for company."""
+    by_the_image = [[RunTime(1, 1.0), RunTime(4, 4.0)]] * NUM_STAGES
+    leaves_after = {0: 1, 4: 1}
+    ways = []
+    for run_times, numbers in ((by_the_image, 8), (SLOW_START, 4), (SLOW_START, 8)):
+        executor = FakeExecutor(leaves_after, run_s=0.001)
+        async with pipeline_on(executor, metrics, run_times=run_times) as pipeline:
+            await answers(await submit(pipeline, *range(numbers)))
+        ways.append(executor.runs)
+
+    first, second = (0, [0, 1, 2, 3]), (0, [4, 5, 6, 7])
+    assert ways == [[first, (1, [0]), second, (1, [4])], [first, (1, [0])], [first, second, (1, [4, 0])]]
 
 
 async def test_with_n_instances_n_batches_run_at_once(metrics: Metrics) -> None:
@@ -369,48 +387,16 @@ async def test_with_n_instances_n_batches_run_at_once(metrics: Metrics) -> None:
     assert executor.most_running == 3
 
 
-async def test_a_dead_batch_loop_fails_everything_pending(metrics: Metrics) -> None:
-    """Nothing can be computed any more: `failed` says so, who waits is told, and who comes is refused."""
+async def test_a_run_that_would_end_its_thread_fails_its_batch_alone(metrics: Metrics) -> None:
+    """What is no usual error is told like one; the instance goes on."""
     executor = FakeExecutor()
 
     async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
-        with executor.held():
-            tasks = await submit(pipeline, 1, 2, 3)
-            assert not pipeline.failed
-            executor.broken = RuntimeError("no instances any more")
-        found = await answers(tasks)
-        assert pipeline.failed
-        with pytest.raises(InferenceFailed):
-            await pipeline.submit(pixels(4))
-
-    assert failed_numbers(found) == [1, 2]  # the first was already running
-    assert executor.batches(0) == [[1]]
-
-
-async def test_a_dead_loop_of_a_later_stage_fails_images_of_every_stage(metrics: Metrics) -> None:
-    """Images wait at two stages when the loop of one dies: none is forgotten."""
-    executor = FakeExecutor({1: 1, 2: 1})
-
-    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
-        with executor.held():
-            tasks = await submit(pipeline, 1, 2)
-            executor.let_one_finish()
-            await settle()
-            executor.broken = RuntimeError("no instances any more")
-        assert failed_numbers(await answers(tasks)) == [0, 1]
-        assert pipeline.failed
-
-
-async def test_a_cancelled_run_fails_the_pipeline_instead_of_hanging(metrics: Metrics) -> None:
-    """A run that ends by cancellation, as when its threads are shut down, takes its loop with it; all are told."""
-    executor = FakeExecutor()
-
-    async with pipeline_on(executor, metrics, max_batch_size=1) as pipeline:
-        executor.scripted[0] = asyncio.CancelledError()
+        executor.scripted[0] = SystemExit("as sys.exit would")
         found = await answers(await submit(pipeline, 1, 2))
-        assert pipeline.failed
 
-    assert 0 in failed_numbers(found)
+    assert failed_numbers(found) == [0]
+    assert count(metrics, "fovea_stage_failures_total", 0) == 1
 
 
 async def test_close_lets_work_in_flight_finish(metrics: Metrics) -> None:
@@ -431,32 +417,25 @@ async def test_close_lets_work_in_flight_finish(metrics: Metrics) -> None:
     assert failed_numbers(found) == []
     assert list(range(NUM_STAGES)) == [answered_number(result) for result in found if isinstance(result, PipelineResult)]
     assert 7 not in executor.images(0)
-    assert not pipeline.failed  # loops that end because of close() have not died
 
 
-async def test_close_ends_every_loop(metrics: Metrics) -> None:
-    """Nothing goes on afterwards, and closing twice is no error."""
-    before = asyncio.all_tasks()
-
+async def test_closing_twice_is_no_error(metrics: Metrics) -> None:
+    """Nor is closing what has nothing to do."""
     async with pipeline_on(FakeExecutor(instances=2), metrics) as pipeline:
-        await settle()
-        assert len(asyncio.all_tasks() - before) == 2 * NUM_STAGES
         await pipeline.close()
-
-    assert asyncio.all_tasks() == before
 
 
 @pytest.mark.parametrize(
     "output",
     [
         RuntimeError("a usual error"),
-        asyncio.CancelledError(),
+        SystemExit(),
         StageOutput(np.zeros((0, 64), dtype=np.float32), {}),
         StageOutput(np.full((4, 64), np.nan, dtype=np.float32), {}),
         StageOutput(np.zeros((4, 64), dtype=np.float32), {}),  # unsure, and no state to go on with
         StageOutput(np.zeros((4, 64), dtype=np.float32), {"unknown": np.zeros((4, 1))}),  # which no stage takes
     ],
-    ids=["raises", "cancelled", "no rows", "NaN", "no state", "unknown state"],
+    ids=["raises", "raises no usual error", "no rows", "NaN", "no state", "unknown state"],
 )
 @pytest.mark.parametrize("stage", range(NUM_STAGES))
 async def test_no_future_is_left_unresolved(metrics: Metrics, output: StageOutput | BaseException, stage: int) -> None:
@@ -474,12 +453,160 @@ async def test_no_future_is_left_unresolved(metrics: Metrics, output: StageOutpu
     assert ([] if answered else [0, 1, 2, 3]) == failed_numbers(found)
 
 
-async def test_the_queue_delay_holds_for_every_stage(metrics: Metrics) -> None:
-    """A survivor too waits for company, counted from when it joined that stage's queue."""
-    executor = FakeExecutor({1: 1}, run_s=0.010)
+async def test_a_batch_is_taken_when_an_instance_is_free(metrics: Metrics) -> None:
+    """While every instance is busy it goes on growing; formed earlier, it would hold the first image alone."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, 0)
+            for number in (1, 2, 3):
+                tasks += await submit(pipeline, number)
+        await answers(tasks)
+
+    assert executor.batches(0) == [[0], [1, 2, 3]]
+
+
+async def test_the_gauge_counts_the_images_that_wait(metrics: Metrics) -> None:
+    """Up with each, down when a batch is taken."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        with executor.held():
+            tasks = await submit(pipeline, 0, 1)
+            assert count(metrics, "fovea_queue_size", 0) == 0
+            tasks += await submit(pipeline, 2, 3, 4)
+            assert count(metrics, "fovea_queue_size", 0) == 3
+        await answers(tasks)
+    assert count(metrics, "fovea_queue_size", 0) == 0
+
+
+async def test_idle_instances_share_what_waits(metrics: Metrics) -> None:
+    """Where each is a core: not one after the other beside idle ones; but full batches where all are busy."""
+    executor = FakeExecutor(instances=3)
+    pipeline = StagedPipeline(
+        executor,
+        make_policy(),
+        input_name=PIXELS,
+        model="m",
+        metrics=metrics,
+        max_batch_size=4,
+        max_queue_delay_s=0.0,
+        spread=True,
+    )
+    pipeline.start()
+    await settle()
+    with executor.held():
+        tasks = await submit(pipeline, *range(5))
+        assert sorted(executor.batches(0)) == [[0, 1], [2, 3], [4]]
+        tasks += await submit(pipeline, *range(5, 14))
+    await answers(tasks)
+    await pipeline.close()
+    await executor.close()
+    assert executor.batches(0)[3] == [5, 6, 7, 8]
+
+
+async def test_with_a_queue_delay_images_wait_for_company(metrics: Metrics) -> None:
+    """From the first one on, unless the batch is full before; who waited behind a run has waited."""
+    executor = FakeExecutor(run_s=0.010)
 
     async with pipeline_on(executor, metrics, max_queue_delay_s=0.005) as pipeline:
-        result = await pipeline.submit(pixels(1))
+        loop = asyncio.get_running_loop()
+        tasks = await submit(pipeline, 0)
+        await asyncio.sleep(0.004)
+        tasks += await submit(pipeline, 1)
+        await asyncio.sleep(0.004)  # 8 ms: those two began at 5
+        tasks += await submit(pipeline, 2)
+        await answers(tasks)
+        begun = loop.time()
+        await answers(await submit(pipeline, 3, 4, 5, 6))
 
-    assert result.queue_s == pytest.approx([0.005, 0.005])
-    assert executor.began_at == pytest.approx([0.005, 0.020])
+    assert executor.batches(0) == [[0, 1], [2], [3, 4, 5, 6]]
+    assert executor.began_at == pytest.approx([0.005, 0.015, begun])
+
+
+async def test_survivors_batched_anew_wait_for_company_too(metrics: Metrics) -> None:
+    """Counted from when they joined that stage's queue."""
+    executor = FakeExecutor({0: 1}, run_s=0.010)
+
+    async with pipeline_on(executor, metrics, max_queue_delay_s=0.005, run_times=SLOW_START) as pipeline:
+        tasks = await submit(pipeline, 0, 1, 2, 3, 4)
+        result = await tasks[0]
+        await answers(tasks)
+
+    assert executor.runs == [(0, [0, 1, 2, 3]), (0, [4]), (1, [0])]
+    assert result.queue_s == pytest.approx([0.0, 0.010])
+
+
+def undecoded(
+    pipeline: StagedPipeline, decode: Callable[[], Array | None], *deferred: Exception
+) -> asyncio.Future[PipelineResult]:
+    """An image that the pipeline decodes. One that takes too long is brought again as image 7, or `deferred` is raised."""
+    future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
+
+    def defer() -> None:
+        if deferred:
+            raise deferred[0]
+        pipeline.put(pixels(7), future)
+
+    pipeline.put(Undecoded(decode, defer), future)
+    return future
+
+
+async def test_images_are_decoded_on_the_way(metrics: Metrics) -> None:
+    """Each by itself: one that is broken, takes long, or meets a defect costs the others nothing."""
+    executor = FakeExecutor()
+
+    def broken() -> Array:
+        raise InvalidImage("broken")
+
+    def defect() -> Array:
+        raise ZeroDivisionError
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        futures = [undecoded(pipeline, decode) for decode in (lambda: pixels(1), broken, lambda: None, lambda: pixels(2))]
+        futures += [undecoded(pipeline, defect), undecoded(pipeline, lambda: None, RuntimeError("these threads have ended"))]
+        found = await asyncio.gather(*futures, return_exceptions=True)
+        assert pipeline.num_images == 0
+
+    assert [answered_number(each) for each in found if isinstance(each, PipelineResult)] == [1, 7, 2]
+    assert [type(each) for each in found if isinstance(each, Exception)] == [InvalidImage, ZeroDivisionError, InferenceFailed]
+    assert executor.batches(0) == [[1, 2], [7]]
+
+
+async def test_who_leaves_while_others_are_decoded_is_not_decoded(metrics: Metrics) -> None:
+    """Nor computed; it is counted as skipped."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        futures: list[asyncio.Future[PipelineResult]] = []
+
+        def decode_and_lose_the_next() -> Array:
+            futures[1].cancel()
+            return pixels(1)
+
+        futures += [undecoded(pipeline, decode_and_lose_the_next), undecoded(pipeline, lambda: pixels(2))]
+        assert answered_number(await futures[0]) == 1
+
+    assert executor.images(0) == [1]
+    assert count(metrics, "fovea_skipped_total", 0) == 1
+
+
+async def test_what_decoding_takes_is_known(metrics: Metrics) -> None:
+    """And counted before those who come, once an image has been decoded."""
+    executor = FakeExecutor(run_s=0.0)
+
+    async with pipeline_on(executor, metrics, run_times=SLOW_START) as pipeline:
+        loop = asyncio.get_running_loop()
+
+        def slowly() -> Array:
+            assert isinstance(loop, VirtualTimeLoop)
+            loop.jump(0.5)
+            return pixels(1)
+
+        result = await undecoded(pipeline, slowly)
+        assert (result.decode_s, result.queue_s) == (pytest.approx(0.5), pytest.approx((0.0,)))
+        assert pipeline.mean_decode_s == pytest.approx(0.5)
+        before_s, own_s = pipeline.outlook(5)
+        assert own_s >= 4 * 0.5
+        assert before_s >= 0.5

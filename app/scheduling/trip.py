@@ -1,0 +1,249 @@
+"""A batch on one instance: its images are decoded, run through a stage, and those who are not sure go straight on.
+
+All of it happens on the instance's thread, which then has what it needs in its cache, and the event loop hears only of those
+who leave (docs/adr/0021). Survivors are batched anew where that is worth the way through a queue: where others wait, and the
+batch has become so small that the fixed cost of a run weighs more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.errors import DeadlineExceeded, InferenceFailed, ServiceError
+from app.exits import ExitPolicy, with_answers
+from app.log import get_logger
+from app.scheduling.work import TOO_LATE, Undecoded, WorkItem
+from app.types import Array, ExitInfo, PipelineResult, StageOutput, StageRun
+
+log = get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Report:
+    """What came of one step, for the event loop: of what is done before the first run (no stage), or of one run."""
+
+    stage: int | None
+    images: int = 0  # decoded, or run
+    seconds: float = 0.0  # that took
+    going_on: int = 0  # to another stage, on the trip or not
+    answered: list[tuple[WorkItem, PipelineResult]] = field(default_factory=list)
+    failed: list[tuple[WorkItem, Exception]] = field(default_factory=list)
+    deferred: list[WorkItem] = field(default_factory=list)  # to be decoded elsewhere
+    handed_on: list[tuple[WorkItem, int]] = field(default_factory=list)  # to the queue of a stage
+    skipped: list[tuple[int, WorkItem]] = field(default_factory=list)  # not computed at a stage, since their callers had gone
+    wasted: list[WorkItem] = field(default_factory=list)  # computed, and their callers left meanwhile
+    expired: list[tuple[int, WorkItem]] = field(default_factory=list)  # not computed at a stage, since it would end too late
+    error: BaseException | None = None  # the run failed, and with it all who are in `failed`
+
+    @property
+    def departures(self) -> bool:
+        """Somebody has left the batch, and waits for being told."""
+        return bool(self.answered or self.failed or self.deferred or self.handed_on or self.expired)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By which the trips of a pipeline go; called on the instances' threads.
+
+    Args:
+        next_stage: where an item goes that is to go on to this stage.
+        least_s: seconds that an item needs at least from a stage on, in a batch of so many.
+        goes_on: whether so many survivors, of this kind, go straight on to a stage, in a batch of so many, or are batched anew.
+        join: those who wait for a stage and come along, at most so many.
+        report: tells the event loop, and returns at once.
+    """
+
+    policy: ExitPolicy
+    input_name: str
+    next_stage: Callable[[WorkItem, int], int]
+    least_s: Callable[[int, WorkItem, int], float]
+    goes_on: Callable[[int, WorkItem, int], bool]
+    join: Callable[[int, int], list[WorkItem]]
+    report: Callable[[Trip, list[Report]], None]
+
+
+class Trip:
+    """Of one batch, from the queue of one stage.
+
+    Args:
+        stage: the first.
+        batch: its images; whoever is not `aboard` any more is none of ours.
+    """
+
+    def __init__(self, rules: Rules, stage: int, batch: Sequence[WorkItem]) -> None:
+        self._rules = rules
+        self._reports: list[Report] = []
+        self.stage = stage
+        self.aboard = list(batch)
+        self.ended = False
+
+    def go(self) -> Generator[StageRun, StageOutput, None]:
+        """The runs it needs, one after the other; a run's error, thrown in, fails those aboard."""
+        inputs: Mapping[str, Array] | None = None
+        self._board()
+        while self.aboard:
+            report = Report(self.stage, len(self.aboard))
+            self._reports.append(report)
+            try:
+                started = time.perf_counter()
+                for item in self.aboard:
+                    item.queue_s.append(max(0.0, started - item.queued_at))
+                output = yield self.stage, _stack(self.aboard) if inputs is None else inputs
+                ended = time.perf_counter()
+                report.seconds = ended - started
+                for item in self.aboard:
+                    item.compute_s.append(report.seconds)
+                    item.queued_at = ended
+                inputs = self._route(report, output)
+            except Exception as error:
+                log.exception("stage run failed", stage=self.stage, batch=len(self.aboard))
+                self._break(report, error)
+            if self.aboard and report.departures:
+                self._rules.report(self, self._reports)
+                self._reports = []
+        self.ended = True
+        self._rules.report(self, self._reports)
+
+    def stop(self, error: BaseException) -> None:
+        """Fail those aboard, where the trip does not go on by itself."""
+        log.error("stage run failed", stage=self.stage, batch=len(self.aboard), exc_info=error)
+        report = Report(self.stage, len(self.aboard))
+        self._reports.append(report)
+        self._break(report, error)
+        self.ended = True
+        self._rules.report(self, self._reports)
+
+    def _break(self, report: Report, error: BaseException) -> None:
+        failure = InferenceFailed(f"the model failed at stage {self.stage}; the image may be sent again")
+        failure.__cause__ = error
+        # Nobody can say whose rows they were: none of this batch is answered (docs/adr/0007: no second try).
+        self._reports[-1] = Report(report.stage, report.images, error=error, failed=[(item, failure) for item in self.aboard])
+        self.aboard = []
+
+    def _board(self) -> None:
+        """Whoever has gone, cannot be done in time, is no image, or takes too long to decode stays behind."""
+        report, stage = Report(None), self.stage
+        self._reports.append(report)
+        count = len(self.aboard)
+        boarded = []
+        for item in self.aboard:
+            if self._left(report, stage, item) or not self._in_time(report, stage, item, count):
+                continue
+            if item.undecoded is None or self._decode(item, item.undecoded, report):
+                boarded.append(item)
+        self.aboard = boarded
+        if boarded and report.departures:
+            self._rules.report(self, self._reports)
+            self._reports = []
+
+    def _decode(self, item: WorkItem, undecoded: Undecoded, report: Report) -> bool:
+        started = time.perf_counter()
+        try:
+            pixels = undecoded.decode()
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                log.exception("an image could not be decoded")
+            report.failed.append((item, error))
+            return False
+        if pixels is None:
+            report.deferred.append(item)
+            return False
+        item.decode_s = time.perf_counter() - started
+        item.queued_at += item.decode_s  # so that its wait is for others
+        item.inputs = {self._rules.input_name: pixels}
+        item.undecoded = None
+        report.images += 1
+        report.seconds += item.decode_s
+        return True
+
+    def _route(self, report: Report, output: StageOutput) -> Mapping[str, Array] | None:
+        """Answer who leaves. Of the others at most one group stays aboard: what its stage takes."""
+        stage, rules, aboard = self.stage, self._rules, self.aboard
+        policy = rules.policy
+        if len(output.logits) != len(aboard):
+            raise ValueError(f"a batch of {len(aboard)} came back as {len(output.logits)}")
+        history = None
+        if policy.patient:
+            history = with_answers(np.array([item.history for item in aboard]), output.logits)
+        with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
+            leave, confidence = policy.decide(stage, output.logits, [item.point for item in aboard], history)
+            probabilities = policy.probabilities(stage, output.logits)
+        finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
+        leaving = leave.tolist()
+        groups: dict[int, list[int]] = {}  # rows, by the stage they go on to
+        for row, item in enumerate(aboard):
+            if item.abandoned:
+                report.wasted.append(item)
+            elif not finite[row]:
+                report.failed.append((item, InferenceFailed(f"the model gave no finite answer at stage {stage}")))
+            elif leaving[row]:
+                exit_ = ExitInfo(stage=stage, num_stages=policy.num_stages, confidence=float(confidence[row]))
+                result = PipelineResult(probabilities[row], exit_, tuple(item.queue_s), tuple(item.compute_s), item.decode_s)
+                report.answered.append((item, result))
+            else:
+                if history is not None:
+                    item.history = int(history[row, 0]), int(history[row, 1])
+                groups.setdefault(rules.next_stage(item, stage + 1), []).append(row)
+        if not groups:
+            self.aboard = []
+            return None
+        report.going_on = sum(map(len, groups.values()))
+        if any(len(value) != len(aboard) for value in output.state.values()):
+            raise ValueError("the state has not as many rows as the batch")
+        return self._go_on(report, output.state, groups)
+
+    def _go_on(
+        self, report: Report, state: Mapping[str, Array], groups: Mapping[int, Sequence[int]]
+    ) -> Mapping[str, Array] | None:
+        aboard, rules = self.aboard, self._rules
+        stage, staying = max(groups.items(), key=lambda group: len(group[1]))
+        if not rules.goes_on(stage, aboard[staying[0]], len(staying)):
+            staying = []
+        for other, rows in groups.items():
+            if not (staying and other == stage):
+                for row in rows:
+                    aboard[row].inputs = {name: value[row] for name, value in state.items()}
+                    report.handed_on.append((aboard[row], other))
+        if not staying:
+            self.aboard = []
+            return None
+        kept = [row for row in staying if self._in_time(report, stage, aboard[row], len(staying))]
+        joined = [
+            item
+            for item in rules.join(stage, len(kept))
+            if not self._left(report, stage, item) and self._in_time(report, stage, item, len(staying))
+        ]
+        self.stage = stage
+        if len(kept) == len(aboard) and not joined:
+            return state
+        self.aboard = [aboard[row] for row in kept] + joined
+        inputs = {name: value[kept] for name, value in state.items()}
+        if joined:
+            inputs = {name: np.concatenate([value, _stack(joined)[name]]) for name, value in inputs.items()}
+        return inputs
+
+    def _left(self, report: Report, stage: int, item: WorkItem) -> bool:
+        if item.abandoned:
+            report.skipped.append((stage, item))
+        return item.abandoned
+
+    def _in_time(self, report: Report, stage: int, item: WorkItem, images: int) -> bool:
+        if time.perf_counter() + self._rules.least_s(stage, item, images) <= item.deadline:
+            return True
+        report.expired.append((stage, item))
+        return False
+
+
+def too_late() -> DeadlineExceeded:
+    """What an image is told that was not begun."""
+    return DeadlineExceeded(TOO_LATE)
+
+
+def _stack(batch: Sequence[WorkItem]) -> dict[str, Array]:
+    if len(batch) == 1:  # no copy: NumPy would give up the interpreter lock for it
+        return {name: value[np.newaxis] for name, value in batch[0].inputs.items()}
+    return {name: np.stack([item.inputs[name] for item in batch]) for name in batch[0].inputs}
