@@ -88,7 +88,10 @@ class StageCosts:
     """
 
     def __init__(self, known: Sequence[Iterable[RunTime]], *, max_batch_size: int) -> None:
+        known = [tuple(runs) for runs in known]
         self.curves = [CostCurve(runs) for runs in known]
+        # What a batch gains by being fuller is best told by what was measured for that: under load sizes and times say little.
+        self._at_load = [CostCurve(runs) if runs else curve for runs, curve in zip(known, self.curves, strict=True)]
         self.max_batch_size = max_batch_size
         self._seen = [float(PRIOR_IMAGES)] * len(self.curves)
         self._gone_on = [float(PRIOR_IMAGES)] * len(self.curves)
@@ -105,6 +108,10 @@ class StageCosts:
     def run_s(self, stage: int, images: int) -> float:
         """What a run takes."""
         return self.curves[stage].seconds(images)
+
+    def fixed_s(self, stage: int) -> float:
+        """The part of a run that does not depend on its size."""
+        return self._at_load[stage].fixed_s
 
     def remaining_s(self, way: Way) -> list[float]:
         """What an image costs an instance from each stage on, in full batches and as images have gone on lately."""

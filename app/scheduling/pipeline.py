@@ -283,7 +283,7 @@ class StagedPipeline:
         joined = 0 if stage in self._entries else min(len(queue), self._max_batch_size - images)
         if len(queue) == joined and not any(other for other in self._queues if other is not queue):
             return True  # nobody else waits for the instance, so what costs least for those aboard
-        fixed_s = sum(self.costs.curves[needed].fixed_s for needed in self._needed[item.point][stage])
+        fixed_s = sum(map(self.costs.fixed_s, self._needed[item.point][stage]))
         return fixed_s * (1 - (images + joined) / self._max_batch_size) <= HOP_S
 
 

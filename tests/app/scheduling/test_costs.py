@@ -76,3 +76,14 @@ def test_an_operating_point_has_its_own_way() -> None:
     assert costs.remaining_s(all_of_it) == pytest.approx([0.111, 0.110, 0.100])
     beside = Way(first=0, after=(2, 2, None), nobody_leaves=(False, False, False))
     assert costs.path_s(beside, 1) == pytest.approx(0.001 + 0.1 * 0.100, rel=0.01)
+
+
+def test_the_fixed_part_is_that_measured_at_load() -> None:
+    """What comes under load does not change it; where nothing was measured, that is all there is."""
+    costs = StageCosts([[RunTime(1, 1.5), RunTime(8, 5.0)], []], max_batch_size=8)
+    for stage in (0, 1):
+        for images in (2, 4):
+            costs.observe(stage, images, 3.0, images)
+    assert costs.fixed_s(0) == pytest.approx(1.0)
+    assert costs.fixed_s(1) == pytest.approx(3.0)
+    assert costs.curves[0].fixed_s != pytest.approx(1.0, rel=0.01)
