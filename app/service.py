@@ -145,6 +145,7 @@ class LoadedModel:
     async def close(self) -> None:
         """Let work in flight finish, then end the threads."""
         await self.pipeline.close()
+        self.pool.stop()
         await asyncio.to_thread(self.pool.close)  # waits for a run whose callers have gone
 
 

@@ -79,10 +79,13 @@ class BackendPool:
             return
         instance.wake()
 
-    def close(self) -> None:
-        """End the threads after the work they are in, and close the backends."""
+    def stop(self) -> None:
+        """Look no more at whether runs end; called on the event loop, before `close`."""
         if self._watch is not None:
             self._watch.cancel()
+
+    def close(self) -> None:
+        """End the threads after the work they are in, and close the backends; called on another thread, for it waits."""
         for instance in self._instances:
             instance.close()
         for backend in dict.fromkeys([*self._own, *([] if self._wide is None else [self._wide])]):
@@ -97,20 +100,21 @@ class BackendPool:
         self._watch = asyncio.get_running_loop().call_later(self._watch_s, self._look)
         timeout_s = self._run_timeout_s or math.inf
         for index, instance in enumerate(self._instances):
-            if instance.running_s > timeout_s:
+            if instance.give_up(timeout_s):
                 # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
                 log.error("a run did not end and was given up", stage=instance.stage, seconds=timeout_s)
                 self._num_given_up += 1
                 if self._counter is not None:
                     self._counter.inc()
+                self._busy.discard(instance)
                 self._instances[index] = self._start_instance(index)
-                instance.give_up(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
+                instance.stop_work(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
 
     def _start_instance(self, index: int) -> _Instance:
         if self._take is None:
             raise RuntimeError("the pool has not been started")
         choose, take = partial(self._choose, self._own[index]), partial(self._take_for_one, self._take)
-        return _Instance(choose, take, self._idle, self._busy, f"instance-{index}")
+        return _Instance(choose, take, self.wake, self._idle, self._busy, f"instance-{index}")
 
     def _take_for_one(self, take: Take) -> Work | None:
         return take(len(self._own) - len(self._busy) - 1)
@@ -125,33 +129,32 @@ class _Instance:
 
     Args:
         choose: the backend for a run that begins now.
+        wake_another: there is work, and this one is not the one to do it.
     """
 
     def __init__(
         self,
         choose: Callable[[], Backend],
         take: Callable[[], Work | None],
+        wake_another: Callable[[], None],
         idle: list[_Instance],
         busy: set[_Instance],
         name: str,
     ) -> None:
         self._choose = choose
         self._take = take
+        self._wake_another = wake_another
         self._idle = idle
         self._busy = busy
         self._calls: SimpleQueue[None] = SimpleQueue()  # wakes it
-        self._closed = self._given_up = False
+        self._closed = False
         self._work: Work | None = None
+        self._lock = threading.Lock()  # of the two that follow: a run ends, or it is given up
         self._began: float | None = None  # the run that goes on now
+        self._given_up = False
         self.stage = 0
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    def running_s(self) -> float:
-        """How long the run has gone on; 0 between runs."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
 
     def wake(self) -> None:
         self._calls.put(None)
@@ -162,9 +165,16 @@ class _Instance:
         self.wake()
         self._thread.join()
 
-    def give_up(self, error: Exception) -> None:
-        self._given_up = True
-        self._busy.discard(self)
+    def give_up(self, timeout_s: float) -> bool:
+        """Whether its run goes on for longer than that; then what it brings is not looked at, and the thread ends after it."""
+        with self._lock:
+            if not self._given_up and self._began is not None and time.monotonic() - self._began > timeout_s:
+                self._given_up = True
+                return True
+            return False
+
+    def stop_work(self, error: Exception) -> None:
+        """Of an instance given up: its work waits for the run for ever."""
         if self._work is not None:
             self._work.stop(error)
 
@@ -180,8 +190,9 @@ class _Instance:
                     continue
                 try:
                     self._idle.remove(self)
-                except ValueError:  # it was woken meanwhile
+                except ValueError:  # it was woken meanwhile, perhaps for other work than this
                     self._calls.get()
+                    self._wake_another()
             self._busy.add(self)
             self._do(work)
             self._busy.discard(self)
@@ -194,15 +205,18 @@ class _Instance:
             self.stage, inputs = next(runs)
             while True:
                 output, error = None, None
-                self._began = time.monotonic()
+                with self._lock:
+                    self._began = time.monotonic()
                 try:
                     output = self._choose().run(self.stage, inputs)
                 except Exception as raised:
                     error = raised
                 finally:
-                    self._began = None
+                    with self._lock:
+                        self._began = None
+                        given_up = self._given_up
                 del inputs
-                if self._given_up:  # its images have been failed, and another thread has its place
+                if given_up:  # its images are failed, and another thread has its place
                     runs.close()
                     return
                 self.stage, inputs = runs.send(output) if output is not None else runs.throw(error or RuntimeError("no output"))

@@ -161,8 +161,10 @@ class StagedPipeline:
         queue.append(item)
         if not self._max_queue_delay_s or len(queue) >= self._max_batch_size:
             self._executor.wake()
-        elif self._loop is not None:
-            self._loop.call_later(self._max_queue_delay_s, self._executor.wake)
+        if self._max_queue_delay_s and self._loop is not None:
+            # Also where the batch is full: it may stay behind. A timer may come early, and then nobody would look again.
+            for late_s in (0.0, 2 * TIMER_S):
+                self._loop.call_later(self._max_queue_delay_s + late_s, self._executor.wake)
 
     def _apply(self, trip: Trip, reports: Sequence[Report]) -> None:
         """On the event loop: what came of a trip's last steps."""
@@ -272,11 +274,11 @@ class StagedPipeline:
     def _next_stage(self, item: WorkItem, stage: int) -> int:
         return self._jumps[item.point][stage]
 
-    def _least_s(self, stage: int, item: WorkItem, images: int) -> float:
+    def _least_s(self, stage: int, item: WorkItem, images: int, to_decode: int = 0) -> float:
         if item.deadline == math.inf:
             return 0.0
-        decode_s = self.mean_decode_s * images if item.undecoded is not None else 0.0
-        return decode_s + sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
+        compute_s = sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
+        return to_decode * self.mean_decode_s + compute_s
 
     def _goes_on(self, stage: int, item: WorkItem, images: int) -> bool:
         queue = self._queues[stage]

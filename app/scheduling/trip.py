@@ -51,7 +51,7 @@ class Rules:
 
     Args:
         next_stage: where an item goes that is to go on to this stage.
-        least_s: seconds that an item needs at least from a stage on, in a batch of so many.
+        least_s: seconds that an item needs at least from a stage on, in a batch of so many, when so many have been decoded.
         goes_on: whether so many survivors, of this kind, go straight on to a stage, in a batch of so many, or are batched anew.
         join: those who wait for a stage and come along, at most so many.
         report: tells the event loop, and returns at once.
@@ -60,7 +60,7 @@ class Rules:
     policy: ExitPolicy
     input_name: str
     next_stage: Callable[[WorkItem, int], int]
-    least_s: Callable[[int, WorkItem, int], float]
+    least_s: Callable[[int, WorkItem, int, int], float]
     goes_on: Callable[[int, WorkItem, int], bool]
     join: Callable[[int, int], list[WorkItem]]
     report: Callable[[Trip, list[Report]], None]
@@ -86,7 +86,8 @@ class Trip:
         inputs: Mapping[str, Array] | None = None
         self._board()
         while self.aboard:
-            report = Report(self.stage, len(self.aboard))
+            batch = self.aboard
+            report = Report(self.stage, len(batch))
             self._reports.append(report)
             try:
                 started = time.perf_counter()
@@ -101,7 +102,7 @@ class Trip:
                 inputs = self._route(report, output)
             except Exception as error:
                 log.exception("stage run failed", stage=self.stage, batch=len(self.aboard))
-                self._break(report, error)
+                self._break(report, error, batch)
             if self.aboard and report.departures:
                 self._rules.report(self, self._reports)
                 self._reports = []
@@ -113,28 +114,33 @@ class Trip:
         log.error("stage run failed", stage=self.stage, batch=len(self.aboard), exc_info=error)
         report = Report(self.stage, len(self.aboard))
         self._reports.append(report)
-        self._break(report, error)
+        self._break(report, error, self.aboard)
         self.ended = True
         self._rules.report(self, self._reports)
 
-    def _break(self, report: Report, error: BaseException) -> None:
+    def _break(self, report: Report, error: BaseException, batch: Sequence[WorkItem]) -> None:
         failure = InferenceFailed(f"the model failed at stage {self.stage}; the image may be sent again")
         failure.__cause__ = error
-        # Nobody can say whose rows they were: none of this batch is answered (docs/adr/0007: no second try).
-        self._reports[-1] = Report(report.stage, report.images, error=error, failed=[(item, failure) for item in self.aboard])
+        # Nobody can say whose rows they were: none of this batch is answered (docs/adr/0007: no second try), nor are those
+        # who were about to come aboard.
+        lost = dict.fromkeys([*batch, *self.aboard])
+        self._reports[-1] = Report(report.stage, report.images, error=error, failed=[(item, failure) for item in lost])
         self.aboard = []
 
     def _board(self) -> None:
         """Whoever has gone, cannot be done in time, is no image, or takes too long to decode stays behind."""
         report, stage = Report(None), self.stage
         self._reports.append(report)
-        count = len(self.aboard)
-        boarded = []
+        count, to_decode = len(self.aboard), sum(item.undecoded is not None for item in self.aboard)
+        boarded, decodes = [], to_decode > 0
         for item in self.aboard:
-            if self._left(report, stage, item) or not self._in_time(report, stage, item, count):
-                continue
-            if item.undecoded is None or self._decode(item, item.undecoded, report):
+            undecoded = item.undecoded
+            wanted = not self._left(report, stage, item) and self._in_time(report, stage, item, count, to_decode)
+            if wanted and (undecoded is None or self._decode(item, undecoded, report)):
                 boarded.append(item)
+            to_decode -= undecoded is not None
+        if decodes:  # which may have taken longer than it does as a rule
+            boarded = [item for item in boarded if self._in_time(report, stage, item, len(boarded))]
         self.aboard = boarded
         if boarded and report.departures:
             self._rules.report(self, self._reports)
@@ -212,27 +218,28 @@ class Trip:
             self.aboard = []
             return None
         kept = [row for row in staying if self._in_time(report, stage, aboard[row], len(staying))]
+        waiting = rules.join(stage, len(kept))
+        self.aboard = [*aboard, *waiting]  # none is forgotten, should anything fail from here on
         joined = [
-            item
-            for item in rules.join(stage, len(kept))
-            if not self._left(report, stage, item) and self._in_time(report, stage, item, len(staying))
+            item for item in waiting if not self._left(report, stage, item) and self._in_time(report, stage, item, len(staying))
         ]
-        self.stage = stage
         if len(kept) == len(aboard) and not joined:
+            self.stage, self.aboard = stage, aboard
             return state
-        self.aboard = [aboard[row] for row in kept] + joined
         inputs = {name: value[kept] for name, value in state.items()}
         if joined:
             inputs = {name: np.concatenate([value, _stack(joined)[name]]) for name, value in inputs.items()}
+        self.stage, self.aboard = stage, [aboard[row] for row in kept] + joined
         return inputs
 
     def _left(self, report: Report, stage: int, item: WorkItem) -> bool:
-        if item.abandoned:
+        gone = item.abandoned  # asked once: it may change
+        if gone:
             report.skipped.append((stage, item))
-        return item.abandoned
+        return gone
 
-    def _in_time(self, report: Report, stage: int, item: WorkItem, images: int) -> bool:
-        if time.perf_counter() + self._rules.least_s(stage, item, images) <= item.deadline:
+    def _in_time(self, report: Report, stage: int, item: WorkItem, images: int, to_decode: int = 0) -> bool:
+        if time.perf_counter() + self._rules.least_s(stage, item, images, to_decode) <= item.deadline:
             return True
         report.expired.append((stage, item))
         return False

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from app.errors import ImageTooLarge, InvalidImage, RequestError, UnsupportedImage
-from app.imaging.decode import FORMATS, decode_image
+from app.imaging.budget import NeedsTime
+from app.imaging.decode import FORMATS, QUICK_BYTES, QUICK_PIXELS, decode_image, open_picture
 from tests.images import (
     encode,
     flipped,
@@ -373,3 +374,42 @@ def test_threads_do_not_disturb_each_other() -> None:
         thread.join()
 
     assert errors == []
+
+
+def png_with_chunks(count: int) -> bytes:
+    """Empty ones before the pixels."""
+    png = make_png(photo(seed=1))
+    chunk = b"\0\0\0\0teSt" + zlib.crc32(b"teSt").to_bytes(4)
+    return png[:33] + chunk * count + png[33:]
+
+
+def jpeg_with_segments(count: int) -> bytes:
+    """Empty comments before the pixels."""
+    jpeg = make_jpeg(photo(seed=1))
+    return jpeg[:2] + b"\xff\xfe\0\2" * count + jpeg[2:]
+
+
+@pytest.mark.parametrize(
+    ("data", "quick"),
+    [
+        (make_jpeg(photo(seed=1)), True),
+        (make_png(photo(seed=1)), True),
+        (jpeg_with_segments(20), True),
+        (jpeg_with_segments(100), False),
+        (png_with_chunks(20), True),
+        (png_with_chunks(100), False),
+        (make_jpeg(photo(seed=1)) + bytes(QUICK_BYTES), False),
+        (make_png(np.zeros((1, QUICK_PIXELS + 1, 3), np.uint8)), False),
+        (make_jpeg(np.zeros((1000, 1000, 3), np.uint8)), True),
+        (make_jpeg(np.zeros((1000, 1000, 3), np.uint8), progressive=True), False),
+        (make_jpeg(np.zeros((2100, 2100, 3), np.uint8)), False),
+        (encode(Image.fromarray(photo(seed=1)), "BMP"), False),
+    ],
+)
+def test_only_what_is_quick_is_decoded_where_others_wait(data: bytes, quick: bool) -> None:
+    """Told before anything is done that takes time; else the picture is the same."""
+    with contextlib.nullcontext() if quick else pytest.raises(NeedsTime):
+        with open_picture(data, max_pixels=10**7, quick=True) as picture:
+            found = np.asarray(picture.image)
+        with open_picture(data, max_pixels=10**7) as picture:
+            assert np.array_equal(found, np.asarray(picture.image))

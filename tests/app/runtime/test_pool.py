@@ -78,6 +78,7 @@ async def working(pool: BackendPool) -> AsyncIterator[Queue]:
     """The pool at work, closed afterwards."""
     with capture_logs():
         yield Queue(pool)
+        pool.stop()
         await asyncio.to_thread(pool.close)
 
 
@@ -237,6 +238,21 @@ async def test_a_pool_that_gave_up_too_many_runs_has_failed() -> None:
                 with pytest.raises(RuntimeError, match="stopped"):
                     await future
         assert pool.failed
+
+
+async def test_a_run_that_has_ended_is_not_given_up(metrics_counter: Counter) -> None:
+    """However long it took: what it brought has been taken."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=0.2, replaced=metrics_counter)
+
+    async with working(pool) as queue:
+        (instance,) = pool._instances
+        assert await queue.put(1) == [1]
+        assert not instance.give_up(-1.0)
+        pool._look()
+        assert pool._instances == [instance]
+        assert await queue.put(2) == [2]
+    assert metrics_counter._value.get() == 0
 
 
 @pytest.fixture

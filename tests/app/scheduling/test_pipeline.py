@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from app.errors import InferenceFailed, InvalidImage
+from app.errors import DeadlineExceeded, InferenceFailed, InvalidImage
 from app.metrics import Metrics
 from app.runtime.pool import BackendPool
 from app.scheduling.pipeline import StagedPipeline
@@ -610,3 +610,90 @@ async def test_what_decoding_takes_is_known(metrics: Metrics) -> None:
         before_s, own_s = pipeline.outlook(5)
         assert own_s >= 4 * 0.5
         assert before_s >= 0.5
+
+
+async def test_images_of_a_batch_share_the_time_for_decoding_it(metrics: Metrics) -> None:
+    """Each is decoded after those before it and before those behind it: what is enough for all is enough for each."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics, max_batch_size=8) as pipeline:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+
+        def slowly() -> Array:
+            loop.jump(0.005)
+            return pixels(1)
+
+        async def batch(budget_s: float) -> int:
+            futures: list[asyncio.Future[PipelineResult]] = [loop.create_future() for _ in range(8)]
+            for future in futures:
+                pipeline.put(Undecoded(slowly, lambda: None), future, 0, loop.time() + budget_s)
+            found = await asyncio.gather(*futures, return_exceptions=True)
+            return sum(isinstance(each, PipelineResult) for each in found)
+
+        assert [await batch(10.0), await batch(0.041), await batch(0.004)] == [8, 8, 0]
+
+
+async def test_what_decodes_longer_than_usual_is_looked_at_again(metrics: Metrics) -> None:
+    """A run that would end too late is not begun."""
+    executor = FakeExecutor()
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualTimeLoop)
+        future: asyncio.Future[PipelineResult] = loop.create_future()
+
+        def very_slowly() -> Array:
+            loop.jump(5.0)
+            return pixels(1)
+
+        pipeline.put(Undecoded(very_slowly, lambda: None), future, 0, loop.time() + 1.0)
+        with pytest.raises(DeadlineExceeded):
+            await future
+    assert executor.runs == []
+
+
+class NoMemory:
+    """A state that cannot be cut."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, _: object) -> object:
+        raise MemoryError
+
+
+async def test_a_batch_that_cannot_be_divided_fails_as_a_whole(metrics: Metrics) -> None:
+    """Also who had been sure: nobody is forgotten."""
+    executor = FakeExecutor({2: 1})
+    output = answer([1, 2], 0, executor.leaves_after)
+    executor.scripted[0] = StageOutput(output.logits, {"number": NoMemory()})  # type: ignore[dict-item]
+
+    async with pipeline_on(executor, metrics) as pipeline:
+        assert failed_numbers(await answers(await submit(pipeline, 1, 2))) == [0, 1]
+        assert pipeline.num_images == 0
+
+
+@pytest.mark.parametrize("spread", [False, True])
+async def test_with_a_queue_delay_nobody_stays_behind_a_full_batch(metrics: Metrics, spread: bool) -> None:
+    """Who makes a batch full may not be in it."""
+    executor = FakeExecutor(instances=2, run_s=0.001)
+    pipeline = StagedPipeline(
+        executor,
+        make_policy(),
+        input_name=PIXELS,
+        model="m",
+        metrics=metrics,
+        max_batch_size=2,
+        max_queue_delay_s=0.05,
+        spread=spread,
+    )
+    pipeline.start()
+    tasks = await submit(pipeline, 1)
+    await asyncio.sleep(0.02)
+    tasks += await submit(pipeline, 2, 3)
+    async with asyncio.timeout(1):
+        found = await answers(tasks)
+    assert failed_numbers(found) == []
+    await pipeline.close()
+    await executor.close()
