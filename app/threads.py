@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -100,20 +99,6 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function on a thread; a job whose caller has gone before its turn is not run.
-
-        Raises:
-            RuntimeError: after `close`; and whatever the function raises.
-        """
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        job = self.submit(partial(function, *args, **kwargs), partial(resolve, future))
-        try:
-            return await future
-        except asyncio.CancelledError:
-            job.cancel()
-            raise
-
     @property
     def mean_job_s(self) -> float:
         """What a job takes on its thread, lately; 0 before the first."""
@@ -143,12 +128,6 @@ class Workers:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
-
-    def abandon(self) -> None:
-        """Take no more jobs, and wait for nobody: a thread may be stuck in its call for ever."""
-        self._closed = True
-        for _ in self._threads:
-            self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -183,13 +162,3 @@ class Workers:
                 job.finish(result, error)
             except Exception:  # a defect of whoever gave the callback; the other results are not to wait for ever
                 log.exception("a result could not be handed over")
-
-
-def resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    """As `done` of a job: what came of it becomes the future's, if anybody still waits for that."""
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)

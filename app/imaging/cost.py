@@ -1,9 +1,13 @@
-"""How much memory decoding a picture takes at most, told from its header; the figures are measured (docs/adr/0011)."""
+"""How much memory decoding a picture takes at most, and whether it is quick, told from its header.
+
+The figures are measured (docs/adr/0011, docs/adr/0021).
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from PIL import ImageFile
@@ -12,6 +16,9 @@ from PIL.ExifTags import Base
 JPEG_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # the other markers stand alone, inside the pixels' data
 START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
+# What is quick to decode, some 10 ms at worst: a JPEG or PNG of few bytes, with little before its pixels, and of few pixels,
+# or a few more in a JPEG that comes in one scan.
+QUICK_BYTES, QUICK_PARTS, QUICK_PIXELS, QUICK_JPEG_PIXELS = 2**19, 64, 2**19, 2**22
 _SEQUENTIAL_FRAMES = {0xC0, 0xC1, 0xC9}  # baseline, extended; the same with arithmetic coding
 _OTHER_FRAMES = {0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # progressive, lossless, hierarchical
 _FIXED_BYTES = 6 * 2**20  # tables and buffers of a decoder, rows of the resize, a band converted; whatever the size
@@ -68,6 +75,28 @@ def has_one_scan(data: bytes) -> bool:
         elif segment[0] == START_OF_SCAN:
             return data[start + 2 : start + 3] == num_channels
     return False
+
+
+def is_quick_to_read(name: str, data: bytes) -> bool:
+    """Whether its header is: Pillow takes microseconds for each part of it, and a file may have hundreds of thousands."""
+    if len(data) > QUICK_BYTES:
+        return False
+    if name == "JPEG":
+        return any(segment[0] == START_OF_SCAN for segment in islice(jpeg_segments(data), QUICK_PARTS))
+    return name == "PNG" and any(kind == b"IDAT" for kind in islice(_png_chunks(data), QUICK_PARTS))
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    position = 8
+    while kind := data[position + 4 : position + 8]:
+        yield kind
+        position += 12 + int.from_bytes(data[position : position + 4])
+
+
+def is_quick_to_decode(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> bool:
+    """What `is_quick_to_read` let through: by its pixels. Arguments as of `decode_cost`."""
+    pixels = full_size[0] * full_size[1]
+    return pixels <= QUICK_PIXELS or (pixels <= QUICK_JPEG_PIXELS and image.format == "JPEG" and has_one_scan(data))
 
 
 def _bytes_per_pixel(mode: str) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from app.errors import ImageTooLarge, InferenceFailed, InvalidImage, ServiceError, UnsupportedImage
 from app.imaging.budget import DecodeBudget, NeedsTime
-from app.imaging.cost import START_OF_SCAN, decode_cost, has_one_scan, jpeg_segments
+from app.imaging.cost import START_OF_SCAN, decode_cost, has_one_scan, is_quick_to_decode, is_quick_to_read, jpeg_segments
 
 _PLUGINS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP", "AVIF": "AVIF"}
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif"}  # a Pillow may be built without them
@@ -32,9 +31,6 @@ FORMATS = {name: title for name, title in _PLUGINS.items() if name not in _OPTIO
 ACCEPTED = ", ".join([*FORMATS.values()][:-1]) + " or " + [*FORMATS.values()][-1]
 
 DRAFT_FACTOR = 2  # a reduced JPEG keeps at least this many times `min_side` (docs/adr/0008)
-# What is quick to decode, some 10 ms at worst: a JPEG or PNG of few bytes, with little before its pixels, and of few pixels,
-# or a few more in a JPEG that comes in one scan.
-QUICK_BYTES, QUICK_PARTS, QUICK_PIXELS, QUICK_JPEG_PIXELS = 2**19, 64, 2**19, 2**22
 _MAX_JPEG_SCANS = 64  # a progressive file has about 10; each costs up to 35 ms at 50 megapixels, however few its bytes
 _MAX_TIFF_PARTS = 65_536  # strips or tiles; Pillow takes 2.5 microseconds for each, before anything is decoded
 # None, LZW, JPEG, Deflate, PackBits, Deflate (old number), Zstandard. Not fax: libtiff writes a line to stderr for every
@@ -152,7 +148,7 @@ def open_picture(
         raise UnsupportedImage(
             f"This is not an image in an accepted format ({ACCEPTED}), whatever its name says: convert it to one of them."
         )
-    if quick and not _is_quick_to_read(name, data):
+    if quick and not is_quick_to_read(name, data):
         raise NeedsTime
     with _blaming_the_file(FORMATS[name]):
         image = _identify(name, data)
@@ -163,7 +159,7 @@ def open_picture(
             drafted = image.draft(None, (DRAFT_FACTOR * min_side, DRAFT_FACTOR * min_side))  # None where not a JPEG
             scale = 1.0 if drafted is None else full_size[0] / drafted[1][2]
         cost = decode_cost(image, data, full_size)
-    if quick and not _is_quick_to_decode(image, data, full_size):
+    if quick and not is_quick_to_decode(image, data, full_size):
         raise NeedsTime
     with nullcontext() if budget is None else budget.hold(cost, wait=not quick), _blaming_the_memory():
         try:
@@ -175,27 +171,6 @@ def open_picture(
                 picture.image.close()
         finally:
             _release(image)
-
-
-def _is_quick_to_read(name: str, data: bytes) -> bool:
-    """Its header: Pillow takes microseconds for each part of it, and a file may have hundreds of thousands."""
-    if len(data) > QUICK_BYTES:
-        return False
-    if name == "JPEG":
-        return any(segment[0] == START_OF_SCAN for segment in islice(jpeg_segments(data), QUICK_PARTS))
-    return name == "PNG" and any(kind == b"IDAT" for kind in islice(_png_chunks(data), QUICK_PARTS))
-
-
-def _png_chunks(data: bytes) -> Iterator[bytes]:
-    position = 8
-    while kind := data[position + 4 : position + 8]:
-        yield kind
-        position += 12 + int.from_bytes(data[position : position + 4])
-
-
-def _is_quick_to_decode(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> bool:
-    pixels = full_size[0] * full_size[1]
-    return pixels <= QUICK_PIXELS or (pixels <= QUICK_JPEG_PIXELS and image.format == "JPEG" and has_one_scan(data))
 
 
 def _load(image: ImageFile.ImageFile, full_size: tuple[int, int], scale: float) -> Picture:

@@ -51,9 +51,9 @@ class Rules:
 
     Args:
         next_stage: where an item goes that is to go on to this stage.
-        least_s: seconds that an item needs at least from a stage on, in a batch of so many, when so many have been decoded.
-        goes_on: whether so many survivors, of this kind, go straight on to a stage, in a batch of so many, or are batched anew.
-        join: those who wait for a stage and come along, at most so many.
+        least_s: seconds that an item needs at least from a stage on, in a batch of so many, so many of them not decoded yet.
+        goes_on: whether survivors, of whom this is one, go straight on to a stage, so many of them, or are batched anew.
+        join: those who wait for a stage that so many go on to, and come along.
         report: tells the event loop, and returns at once.
     """
 
@@ -228,7 +228,8 @@ class Trip:
             return state
         inputs = {name: value[kept] for name, value in state.items()}
         if joined:
-            inputs = {name: np.concatenate([value, _stack(joined)[name]]) for name, value in inputs.items()}
+            company = _stack(joined)
+            inputs = {name: np.concatenate([value, company[name]]) for name, value in inputs.items()}
         self.stage, self.aboard = stage, [aboard[row] for row in kept] + joined
         return inputs
 

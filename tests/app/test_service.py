@@ -16,7 +16,7 @@ import app.service
 from app import errors
 from app.assembly import open_service
 from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ServiceError, UnsupportedImage
-from app.imaging.decode import QUICK_BYTES, QUICK_PIXELS
+from app.imaging.cost import QUICK_BYTES, QUICK_PIXELS
 from app.metrics import OUTCOMES, Metrics
 from app.service import InferenceService, outcome_of
 from app.types import EncodedImage, Prediction

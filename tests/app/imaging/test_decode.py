@@ -14,7 +14,8 @@ from PIL import Image, ImageFile
 
 from app.errors import ImageTooLarge, InvalidImage, RequestError, UnsupportedImage
 from app.imaging.budget import NeedsTime
-from app.imaging.decode import FORMATS, QUICK_BYTES, QUICK_PIXELS, decode_image, open_picture
+from app.imaging.cost import QUICK_BYTES, QUICK_PIXELS
+from app.imaging.decode import FORMATS, decode_image, open_picture
 from tests.images import (
     encode,
     flipped,

@@ -51,6 +51,7 @@ async def pipeline_on(
     points: list[list[float | None]] | None = None,
     entries: Sequence[int] = (0,),
     run_times: Sequence[Sequence[RunTime]] | None = None,
+    spread: bool = False,
 ) -> AsyncIterator[StagedPipeline]:
     """A started pipeline, closed afterwards."""
     pipeline = StagedPipeline(
@@ -63,6 +64,7 @@ async def pipeline_on(
         max_batch_size=max_batch_size,
         max_queue_delay_s=max_queue_delay_s,
         run_times=run_times,
+        spread=spread,
     )
     pipeline.start()
     with capture_logs():  # failures on purpose are not for the terminal
@@ -484,25 +486,14 @@ async def test_the_gauge_counts_the_images_that_wait(metrics: Metrics) -> None:
 async def test_idle_instances_share_what_waits(metrics: Metrics) -> None:
     """Where each is a core: not one after the other beside idle ones; but full batches where all are busy."""
     executor = FakeExecutor(instances=3)
-    pipeline = StagedPipeline(
-        executor,
-        make_policy(),
-        input_name=PIXELS,
-        model="m",
-        metrics=metrics,
-        max_batch_size=4,
-        max_queue_delay_s=0.0,
-        spread=True,
-    )
-    pipeline.start()
-    await settle()
-    with executor.held():
-        tasks = await submit(pipeline, *range(5))
-        assert sorted(executor.batches(0)) == [[0, 1], [2, 3], [4]]
-        tasks += await submit(pipeline, *range(5, 14))
-    await answers(tasks)
-    await pipeline.close()
-    await executor.close()
+
+    async with pipeline_on(executor, metrics, spread=True) as pipeline:
+        await settle()
+        with executor.held():
+            tasks = await submit(pipeline, *range(5))
+            assert sorted(executor.batches(0)) == [[0, 1], [2, 3], [4]]
+            tasks += await submit(pipeline, *range(5, 14))
+        await answers(tasks)
     assert executor.batches(0)[3] == [5, 6, 7, 8]
 
 
@@ -678,22 +669,10 @@ async def test_a_batch_that_cannot_be_divided_fails_as_a_whole(metrics: Metrics)
 async def test_with_a_queue_delay_nobody_stays_behind_a_full_batch(metrics: Metrics, spread: bool) -> None:
     """Who makes a batch full may not be in it."""
     executor = FakeExecutor(instances=2, run_s=0.001)
-    pipeline = StagedPipeline(
-        executor,
-        make_policy(),
-        input_name=PIXELS,
-        model="m",
-        metrics=metrics,
-        max_batch_size=2,
-        max_queue_delay_s=0.05,
-        spread=spread,
-    )
-    pipeline.start()
-    tasks = await submit(pipeline, 1)
-    await asyncio.sleep(0.02)
-    tasks += await submit(pipeline, 2, 3)
-    async with asyncio.timeout(1):
-        found = await answers(tasks)
-    assert failed_numbers(found) == []
-    await pipeline.close()
-    await executor.close()
+
+    async with pipeline_on(executor, metrics, max_batch_size=2, max_queue_delay_s=0.05, spread=spread) as pipeline:
+        tasks = await submit(pipeline, 1)
+        await asyncio.sleep(0.02)
+        tasks += await submit(pipeline, 2, 3)
+        async with asyncio.timeout(1):
+            assert failed_numbers(await answers(tasks)) == []
