@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from app.errors import InvalidRequest, ModelNotFound, StartupError
 from app.exits import ExitPolicy
+from app.loaded_model import LoadedModel
 from app.log import get_logger
 from app.metrics import Metrics
 from app.quality import Ladder, QualityController
@@ -24,7 +25,7 @@ from app.runtime.targets import ON_THE_CPU, TargetProfile, resolve_profile
 from app.scheduling.admission import Admission
 from app.scheduling.forecast import Forecast
 from app.scheduling.pipeline import StagedPipeline
-from app.service import InferenceService, LoadedModel
+from app.service import InferenceService
 from app.settings import Settings
 from app.threads import Workers
 from app.types import RunTime

@@ -23,11 +23,12 @@ from app.assembly import open_service
 from app.errors import InvalidImage, ServiceError
 from app.http.errors import describe_validation
 from app.http.schemas import answer_body
+from app.loaded_model import LoadedModel
 from app.log import configure
 from app.metrics import Metrics, create_registry
 from app.quality import Ladder
 from app.repository.store import ModelStore
-from app.service import InferenceService, LoadedModel
+from app.service import InferenceService
 from app.settings import Settings
 from app.types import Prediction
 

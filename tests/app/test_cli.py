@@ -19,7 +19,7 @@ import structlog
 
 from app import __version__
 from app.cli import main
-from app.service import LoadedModel
+from app.loaded_model import LoadedModel
 from models.manifest import MANIFEST_FILE
 from tests.images import make_jpeg, make_png, photo, truncated
 

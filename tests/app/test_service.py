@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import app.service
+import app.classification
 from app import errors
 from app.assembly import open_service
+from app.classification import outcome_of
 from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ServiceError, UnsupportedImage
 from app.imaging.cost import QUICK_BYTES, QUICK_PIXELS
 from app.metrics import OUTCOMES, Metrics
-from app.service import InferenceService, outcome_of
+from app.service import InferenceService
 from app.types import EncodedImage, Prediction
 from tests.app.http.served import MODEL, Gate, in_background, make_settings, until
 from tests.images import make_jpeg, make_png, photo, truncated
@@ -79,8 +80,8 @@ async def test_images_are_decoded_where_they_are_computed_unless_that_takes_long
         threads.append(threading.current_thread().name.partition("-")[0])
         return load(*args, **kwargs)
 
-    load = app.service.load_pixels
-    monkeypatch.setattr(app.service, "load_pixels", load_pixels)
+    load = app.classification.load_pixels
+    monkeypatch.setattr(app.classification, "load_pixels", load_pixels)
     service = await open_service(make_settings(tiny_repository, limits={"decode_threads": decode_threads}), metrics)
     with service.admission.admit() as permit:
         (answer,) = await service.classify([image], permit, model=service.registry.get())

@@ -13,15 +13,17 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.types import Receive, Scope
 
+from app.classification import outcome_of
 from app.errors import DeadlineExceeded, InvalidRequest, ServiceError
 from app.http.call import Call
 from app.http.errors import describe_validation, problem_responses
 from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
 from app.http.time_budget import TIMEOUT_HEADER, budget_s, timeout_asked_ms
 from app.http.uploads import FORMS, read_upload
+from app.loaded_model import LoadedModel
 from app.log import request_id
 from app.quality import Rung
-from app.service import InferenceService, LoadedModel, outcome_of
+from app.service import InferenceService
 from app.settings import Settings
 from app.types import Prediction
 

@@ -7,8 +7,9 @@ from fastapi import APIRouter
 from app.http.dependencies import ServiceDep
 from app.http.errors import problem_responses
 from app.http.schemas import ModelBody, ModelsResponse, QualityBody, StageCostBody
+from app.loaded_model import LoadedModel
 from app.quality import Rung
-from app.service import InferenceService, LoadedModel
+from app.service import InferenceService
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 ERRORS = problem_responses({404: "No such model or version.", 422: "The version is not a number."})

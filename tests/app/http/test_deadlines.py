@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.service import LoadedModel
+from app.loaded_model import LoadedModel
 from app.settings import Settings
 from tests.app.http.served import (
     JPEG,

@@ -134,7 +134,7 @@ async def test_an_unexpected_error_tells_nothing_of_itself(
         raise RuntimeError("the secret of the service")
 
     with monkeypatch.context() as patch:
-        patch.setattr("app.service.top_k_labels", broken)
+        patch.setattr("app.classification.top_k_labels", broken)
         response = await served.classify(JPEG, headers={"x-request-id": "find-me"})
     assert check_problem(response, 500, "internal_error", "log", "id").request_id == "find-me"
     assert "secret" not in response.text
@@ -156,7 +156,7 @@ async def test_an_unexpected_error_of_one_image_is_told_in_its_place(
             raise MemoryError("the secret of the machine")
         return load_pixels(data, *args, **options)
 
-    monkeypatch.setattr("app.service.load_pixels", broken)
+    monkeypatch.setattr("app.classification.load_pixels", broken)
     answer = check_answer(await served.client.post(CLASSIFY, files=as_files([JPEG, PNG, JPEG])), num_results=3)
     assert [result.error and result.error.code for result in answer.results] == [None, "inference_failed", None]
     response = await served.classify(PNG, headers={"x-request-id": "find-me"})
