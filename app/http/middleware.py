@@ -44,7 +44,7 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        identifier = _identifier(scope)
+        identifier = identify(scope)
         token = request_id.set(identifier)
         started = time.perf_counter()
         status = 0
@@ -113,7 +113,8 @@ async def _linger(receive: Receive) -> None:
                     return
 
 
-def _identifier(scope: Scope) -> str:
+def identify(scope: Scope) -> str:
+    """The request's id: as it says, or one of ours."""
     for name, value in scope["headers"]:
         if name == HEADER and ACCEPTED.fullmatch(value):
             return str(value, "ascii")

@@ -19,10 +19,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import StartupError
 from app.http.application import drain
+from app.http.protocol import Protocol
 from app.log import get_logger
 from app.settings import Settings
 
@@ -43,22 +43,27 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
         ServiceError: as `open_service`.
     """
     http = settings.http
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        proxy_headers=False,  # nothing here looks at the client's address
-        timeout_graceful_shutdown=http.shutdown_timeout_s,
-        server_header=False,
-        http=_Protocol,
-        lifespan="off",  # ours, in `_DrainingServer.serve`
-    )
+    config = make_config(app, settings)
     with _listen(http.host, http.port) as listener:
         host = f"[{http.host}]" if ":" in http.host else http.host
         server = _DrainingServer(
             config, app, http.drain_delay_s, lambda: on_ready(f"http://{host}:{listener.getsockname()[1]}")
         )
         server.run(sockets=[listener])
+
+
+def make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Of uvicorn."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,  # nothing here looks at the client's address; and the protocol is to meet the application itself
+        timeout_graceful_shutdown=settings.http.shutdown_timeout_s,
+        server_header=False,
+        http=Protocol,
+        lifespan="off",  # ours, in `_DrainingServer.serve`
+    )
 
 
 class _DrainingServer(uvicorn.Server):
@@ -118,6 +123,9 @@ class _DrainingServer(uvicorn.Server):
         while self._num_silent() and time.monotonic() < ends_at:  # noqa: ASYNC110 - uvicorn's connections tell nobody
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
+        for connection in [*self.server_state.connections]:  # after `shutdown_timeout_s`; uvicorn has cancelled its own tasks
+            if isinstance(connection, Protocol):
+                connection.abort()
 
     def _accept_all(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -148,15 +156,6 @@ class _DrainingServer(uvicorn.Server):
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's; but where a body goes on after its answer, that forgets to end the connection when nothing more comes."""
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
 
 @contextmanager

@@ -30,8 +30,10 @@ class TimeBudget:
 
     def shorten(self, seconds: float) -> None:
         """Where it is less."""
-        if seconds < self.seconds and self.timer is not None:
-            self.seconds = seconds
+        if seconds >= self.seconds:
+            return
+        self.seconds = seconds
+        if self.timer is not None:
             self.timer.reschedule(asyncio.get_running_loop().time() + self.left_s)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -20,9 +21,8 @@ from app.http.errors import describe_validation, problem_responses
 from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
 from app.http.time_budget import TIMEOUT_HEADER, budget_s, timeout_asked_ms
 from app.http.uploads import FORMS, read_upload
-from app.loaded_model import LoadedModel
+from app.loaded_model import Choice, LoadedModel
 from app.log import request_id
-from app.quality import Rung
 from app.service import InferenceService
 from app.settings import Settings
 from app.types import Prediction
@@ -41,23 +41,35 @@ class _DirectRoute(APIRoute):
         return handle
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """In the scope of a request that another way has taken on, and that ended in an error: to be answered here."""
+
+    call: Call
+    error: Exception
+    read: bool  # all of its body
+
+
 async def _handle(scope: Scope, receive: Receive) -> Response:
     """Gives the endpoint its time budget and its parameters, and counts how it ended, whatever was wrong."""
     app: FastAPI = scope["app"]
     longest_s: float = app.state.settings.http.request_timeout_s
-    call = Call(scope, receive, longest_s)
+    handed_over: HandedOver | None = scope.get(HANDED_OVER)
+    call = Call(scope, receive, longest_s) if handed_over is None else handed_over.call
     budget = call.budget
     outcome = "failed"
     try:
+        if handed_over is not None:
+            if handed_over.read:
+                await receive()  # as the layers around see it: nothing of the body is left
+            raise handed_over.error
         async with asyncio.timeout(longest_s) as budget.timer:
-            response = await classify(call, *_query(call))
+            response = await classify(call, *parameters(call))
         outcome = "ok"
         return response
     except TimeoutError as error:
         outcome = "timeout"
-        raise DeadlineExceeded(
-            f"the request took longer than its time budget of {budget.seconds:g} s; try again later"
-        ) from error
+        raise out_of_time(call) from error
     except ServiceError as error:
         outcome = outcome_of(error)
         raise
@@ -65,17 +77,77 @@ async def _handle(scope: Scope, receive: Receive) -> Response:
         app.state.metrics.observe_request(call.model_label, outcome, time.perf_counter() - call.started)
 
 
-DIRECT = {("POST", "/v1/classify"): _handle}
+def out_of_time(call: Call) -> DeadlineExceeded:
+    """What a request is told whose time has run out."""
+    return DeadlineExceeded(f"the request took longer than its time budget of {call.budget.seconds:g} s; try again later")
 
 
-def _query(call: Call) -> tuple[str | None, int | None, int | None, str | None, str | None, int | None]:
-    if not call.scope["query_string"]:
-        return None, None, None, None, None, None
-    try:
-        fields = ClassifyFields.model_validate(dict(call.query_params))
-    except ValidationError as error:
-        raise InvalidRequest(describe_validation(error.errors())) from error
-    return fields.model, fields.version, fields.top_k, fields.quality, fields.min_quality, fields.timeout_ms
+HANDED_OVER = "fovea.handed_over"
+PATH = "/v1/classify"
+DIRECT = {("POST", PATH): _handle}
+
+
+class Parameters(NamedTuple):
+    """What may be said beside the images."""
+
+    model: str | None = None
+    version: int | None = None
+    top_k: int | None = None
+    quality: str | None = None
+    min_quality: str | None = None
+    timeout_ms: int | None = None
+
+    def with_body(self, fields: ClassifyFields) -> Parameters:
+        """Of a query, those that came in the body too.
+
+        Raises:
+            InvalidRequest: something was said twice, and not the same.
+        """
+        return Parameters(*(_either(name, value, getattr(fields, name)) for name, value in self._asdict().items()))
+
+
+def parameters(call: Call) -> Parameters:
+    """Of the query and the headers; a time budget counts from here on.
+
+    Raises:
+        InvalidRequest: they cannot be read.
+    """
+    found = Parameters()
+    if call.scope["query_string"]:
+        try:
+            found = Parameters(**ClassifyFields.model_validate(dict(call.query_params)).model_dump())
+        except ValidationError as error:
+            raise InvalidRequest(describe_validation(error.errors())) from error
+    if asked := call.header(TIMEOUT_HEADER):
+        found = found._replace(timeout_ms=_either("timeout_ms", found.timeout_ms, timeout_asked_ms(asked), "header"))
+    if found.timeout_ms is not None:
+        call.budget.shorten(found.timeout_ms / 1000)  # the upload is part of it
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How a request is to be answered."""
+
+    model: LoadedModel
+    choice: Choice
+    top_k: int
+
+
+def ask(call: Call, wanted: Parameters, num_images: int = 1) -> Asked:
+    """Find the model, the operating point and the time for a request.
+
+    Raises:
+        InvalidRequest: there is no such point, or not so much time.
+        ModelNotFound: there is none of that name.
+        Overloaded: it cannot be answered in time.
+    """
+    state = call.app.state
+    chosen = state.service.registry.get(wanted.model, wanted.version)
+    name = call.model_label = chosen.manifest.name
+    call.budget.shorten(budget_s(state.settings, name, wanted.timeout_ms))
+    choice = chosen.choose(wanted.quality, wanted.min_quality, images=num_images, budget_s=call.budget.left_s)
+    return Asked(chosen, choice, min(DEFAULT_TOP_K, len(chosen.labels)) if wanted.top_k is None else wanted.top_k)
 
 
 router = APIRouter(tags=["classify"], route_class=_DirectRoute)
@@ -149,51 +221,36 @@ async def classify(
     state = call.app.state
     service: InferenceService = state.service
     settings: Settings = state.settings
-    budget = call.budget
-    asked_ms = _either("timeout_ms", timeout_ms, timeout_asked_ms(call.header(TIMEOUT_HEADER)), "header")
-    if asked_ms is not None:
-        budget.shorten(asked_ms / 1000)  # the upload is part of it
-    choice = None
+    query = Parameters(model, version, top_k, quality, min_quality, timeout_ms)
     with service.admission.admit() as permit:
         # One image as the body: all that it asks for stands in the head, so what comes too late need not be read.
-        if call.media_type not in FORMS:
-            chosen = service.registry.get(model, version)
-            call.model_label = chosen.manifest.name
-            budget.shorten(budget_s(settings, chosen.manifest.name, asked_ms))
-            choice = chosen.choose(quality, min_quality, budget_s=budget.left_s)
+        asked = ask(call, query) if call.media_type not in FORMS else None
         upload = await read_upload(
             call, permit, max_bytes=settings.http.max_upload_bytes, max_images=settings.http.max_images_per_request
         )
         if state.quotas is not None:
             state.quotas.take(call.header(settings.quotas.header.lower().encode()), len(upload.images))
-        if choice is None:
-            fields = upload.fields
-            chosen = service.registry.get(_either("model", model, fields.model), _either("version", version, fields.version))
-            call.model_label = chosen.manifest.name
-            top_k = _either("top_k", top_k, fields.top_k)
-            budget.shorten(budget_s(settings, chosen.manifest.name, _either("timeout_ms", asked_ms, fields.timeout_ms)))
-            choice = chosen.choose(
-                _either("quality", quality, fields.quality),
-                _either("min_quality", min_quality, fields.min_quality),
-                images=len(upload.images),
-                budget_s=budget.left_s,
-            )
+        if asked is None:
+            asked = ask(call, query.with_body(upload.fields), len(upload.images))
         classified = service.classify(
             upload.images,
             permit,
-            model=chosen,
-            top_k=min(DEFAULT_TOP_K, len(chosen.labels)) if top_k is None else top_k,
-            choice=choice,
-            deadline=budget.deadline,
+            model=asked.model,
+            top_k=asked.top_k,
+            choice=asked.choice,
+            deadline=call.budget.deadline,
             started=call.started,
         )
         answers = await _while_connected(call, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
         raise answers[0]
-    return _answer(chosen, choice.rung, answers)
+    body, timing = answer_json(asked, answers)
+    return Response(body, headers=None if timing is None else {"Server-Timing": timing}, media_type="application/json")
 
 
-def _answer(model: LoadedModel, rung: Rung, answers: list[Prediction | ServiceError]) -> Response:
+def answer_json(asked: Asked, answers: Sequence[Prediction | ServiceError]) -> tuple[bytes, str | None]:
+    """The body of an answer, and its Server-Timing where an image was classified."""
+    model, rung = asked.model, asked.choice.rung
     body = {
         "model": model.manifest.name,
         "version": model.manifest.version,
@@ -204,8 +261,7 @@ def _answer(model: LoadedModel, rung: Rung, answers: list[Prediction | ServiceEr
         "results": [answer_body(answer) for answer in answers],
     }
     predictions = [answer for answer in answers if isinstance(answer, Prediction)]
-    headers = {"Server-Timing": server_timing(predictions)} if predictions else None
-    return Response(orjson.dumps(body), headers=headers, media_type="application/json")
+    return orjson.dumps(body), server_timing(predictions) if predictions else None
 
 
 async def _while_connected(call: Call, work: Coroutine[Any, Any, T]) -> T:

@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from app.log import configure
-from tests.app.http.served import Gate, Served, make_settings, running
+from tests.app.http.served import WAYS, Gate, Served, going, make_settings, running
 
 LogLines = Callable[[], list[dict[str, Any]]]
 
@@ -24,6 +24,13 @@ LogLines = Callable[[], list[dict[str, Any]]]
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("FOVEA_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(params=WAYS)
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What holds for the framework's way holds for the short one (docs/adr/0022)."""
+    with going(request.param):
+        yield
 
 
 @pytest.fixture

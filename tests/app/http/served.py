@@ -6,7 +6,8 @@ import asyncio
 import base64
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from app.http.application import create_app
 from app.http.errors import PROBLEM_JSON, STATUSES, TYPE_PREFIX
+from app.http.protocol import Protocol
 from app.http.schemas import ClassifyResponse, Problem
+from app.http.server import make_config
 from app.metrics import Metrics
 from app.runtime.ort_backend import OrtBackend
 from app.service import InferenceService
@@ -49,7 +53,7 @@ def make_settings(root: Path, /, **sections: Mapping[str, Any]) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running application and a client that calls it without a socket."""
+    """A running application and a client that calls it."""
 
     app: FastAPI
     client: httpx.AsyncClient
@@ -81,14 +85,50 @@ class Served:
         return await self.client.post(CLASSIFY, content=body, **options)
 
 
+Way = Callable[[FastAPI], AbstractAsyncContextManager[httpx.AsyncClient]]
+
+
+@asynccontextmanager
+async def plain_asgi(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that calls the application without a server."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fovea") as client:
+        yield client
+
+
+@asynccontextmanager
+async def over_socket(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client that calls it over a socket and the service's own protocol."""
+    config, state = make_config(app, app.state.settings), ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+            yield client
+    finally:
+        server.close()
+        await until(lambda: not state.connections)
+
+
+WAYS: dict[str, Way] = {"plain ASGI": plain_asgi, "over a socket": over_socket}
+_way = ContextVar("_way", default="plain ASGI")
+
+
+@contextmanager
+def going(way: str) -> Iterator[None]:
+    """Applications that run meanwhile are called on one of `WAYS`."""
+    token = _way.set(way)
+    try:
+        yield
+    finally:
+        _way.reset(token)
+
+
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Served]:
     """The application between its start and its stop."""
     app = create_app(settings)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fovea") as client,
-    ):
+    async with app.router.lifespan_context(app), WAYS[_way.get()](app) as client:
         yield Served(app, client)
 
 

@@ -37,7 +37,7 @@ from tests.app.http.served import (
 )
 from tests.images import make_jpeg, photo, png_bomb_header, truncated
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
 DURATION = re.compile(r"([a-z_0-9]+);dur=([0-9]+(?:\.[0-9]+)?)")
 MIXED = [JPEG, b"text", PNG, truncated(JPEG), png_bomb_header(50_000, 50_000)]

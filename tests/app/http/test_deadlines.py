@@ -27,7 +27,7 @@ from tests.app.http.served import (
     running,
 )
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
 WAYS: dict[str, dict[str, Any]] = {
     "query": {"content": JPEG, "params": {"timeout_ms": 50}},

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.metrics import OUTCOMES, PHASES
 from tests.app.http.served import BAD_REQUESTS, CLASSIFY, JPEG, MODEL, PNG, Served, as_files, check_answer
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
 ALLOWED_LABELS = {
     "model": {MODEL, "unknown"},

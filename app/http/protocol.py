@@ -1,0 +1,109 @@
+"""uvicorn's protocol, with a short way for the commonest request: one image as the body (docs/adr/0022).
+
+It builds on the insides of `HttpToolsProtocol`, so pyproject.toml bounds uvicorn's version.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from fastapi import FastAPI
+from starlette.types import Receive, Scope
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from app.http.call import Call
+from app.http.fast_path import OneImage
+from app.http.routes.classify import HANDED_OVER, PATH, HandedOver
+from app.http.uploads import FORMS
+
+
+class Protocol(HttpToolsProtocol):
+    """Of one connection. One request on it is worked on at a time; that may be a `OneImage`."""
+
+    _image: OneImage | None = None
+    _cycle: RequestResponseCycle | None = None  # uvicorn's record of that request
+
+    def abort(self) -> None:
+        """There is no time any more for what is worked on here."""
+        if self._image is not None:
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Where a body goes on after its answer, uvicorn forgets to end the connection when nothing more comes.
+        if self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def on_body(self, body: bytes) -> None:
+        if self._image is not None and self._cycle is self.cycle:
+            self._image.take(body)  # reading need not be paused: a permit is held for all of it
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self._image is not None and self._cycle is self.cycle:
+            self._image.start()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._image is not None:
+            self._image.leave()
+            self._image = self._cycle = None
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        call = None if self.flow.write_paused else _call_of_one_image(cycle, app)
+        if call is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        self._cycle = cycle
+        try:
+            self._image = OneImage(call, self._answer, self._hand_over)
+        except Exception as error:
+            self._hand_over(HandedOver(call, error, read=False))
+            return
+        if cycle.body:  # it came while the request before it was worked on
+            self._image.take(bytes(cycle.body))
+            cycle.body = bytearray()
+        if not cycle.more_body:
+            self._image.start()
+
+    def _answer(self, body: bytes, headers: str) -> None:
+        cycle, self._image, self._cycle = self._cycle, None, None
+        if cycle is None or self.transport.is_closing():
+            return
+        if isinstance(self.app, FastAPI) and self.app.state.draining:  # the client finishes here and finds another instance
+            cycle.keep_alive = False
+        defaults = b"".join([b"%b: %b\r\n" % header for header in cycle.default_headers])
+        if not cycle.keep_alive:
+            headers += "connection: close\r\n"
+        self.transport.write(b"HTTP/1.1 200 OK\r\n%b%b\r\n%b" % (defaults, headers.encode(), body))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+
+    def _hand_over(self, handed_over: HandedOver) -> None:
+        """To the framework's way, which answers with the error."""
+        cycle, self._image, self._cycle = self._cycle, None, None
+        if cycle is not None:
+            _scope_of(cycle)[HANDED_OVER] = handed_over
+            super()._start_asgi_task(cycle, self.app)
+
+
+def _call_of_one_image(cycle: RequestResponseCycle, app: ASGI3Application) -> Call | None:
+    """Its head, where it is a request for the short way."""
+    scope = _scope_of(cycle)
+    if scope["path"] != PATH or scope["method"] != "POST" or cycle.waiting_for_100_continue or not isinstance(app, FastAPI):
+        return None
+    scope["app"] = app
+    settings = app.state.settings
+    call = Call(scope, cast("Receive", cycle.receive), settings.http.request_timeout_s)
+    length = call.header(b"content-length")
+    fits = length.isdecimal() and int(length) <= settings.http.max_upload_bytes
+    return call if fits and call.media_type not in FORMS and not settings.log.access else None
+
+
+def _scope_of(cycle: RequestResponseCycle) -> Scope:
+    return cast("Scope", cycle.scope)  # for uvicorn it has fixed keys
