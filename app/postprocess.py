@@ -32,9 +32,6 @@ def top_k(probabilities: FloatArray, labels: Sequence[str], k: int) -> tuple[Lab
         pairs = [*zip(order.tolist(), probabilities[order].tolist(), strict=True)]
     else:
         # NumPy's sort gives up the interpreter lock, and to have it back takes longer than sorting a few numbers here.
-        pairs = sorted(enumerate(probabilities.tolist()), key=_likeliest_first)[:k]
+        values = probabilities.tolist()
+        pairs = [(index, values[index]) for index in sorted(range(len(values)), key=values.__getitem__, reverse=True)[:k]]
     return tuple([LabelScore(labels[index], index, probability) for index, probability in pairs])
-
-
-def _likeliest_first(pair: tuple[int, float]) -> float:
-    return -pair[1]

@@ -46,7 +46,7 @@ class InferenceService:
         self.decoders = Workers(decode_threads, "decode", max_result_delay_s=MAX_RESULT_DELAY_S)
         self._decoding = Decoding(max_pixels, DecodeBudget(max_decode_bytes), self.decoders)
         self._draining = False
-        self.lag = LoopLag()
+        self.lag = LoopLag(self._catch_up)
         self.lag.start()
         metrics.loop_lag.set_function(lambda: self.lag.seconds)
         metrics.ready.set_function(lambda: float(self.ready))  # so that it also tells of a model that failed
@@ -144,3 +144,7 @@ class InferenceService:
             classification.abandon()
             raise
         return classification.conclude()
+
+    def _catch_up(self) -> None:
+        for _, _, model in self.registry.loaded():
+            model.pipeline.catch_up()

@@ -27,7 +27,14 @@ class CostCurve:
     """
 
     def __init__(self, known: Iterable[RunTime] = ()) -> None:
-        self._known = tuple(known)
+        runs = tuple(known)
+        self._known = (
+            float(len(runs)),
+            float(sum(run.images for run in runs)),
+            float(sum(run.images * run.images for run in runs)),
+            sum(run.seconds for run in runs),
+            sum(run.images * run.seconds for run in runs),
+        )
         self._weight = self._images = self._squares = self._seconds = self._products = 0.0
         self.fixed_s = self.per_image_s = 0.0
         self._fit()
@@ -46,19 +53,12 @@ class CostCurve:
         return self.fixed_s + images * self.per_image_s
 
     def _fit(self) -> None:
-        weight, images, squares, seconds, products = (
-            self._weight,
-            self._images,
-            self._squares,
-            self._seconds,
-            self._products,
-        )
-        for run in self._known:
-            weight += 1
-            images += run.images
-            squares += run.images * run.images
-            seconds += run.seconds
-            products += run.images * run.seconds
+        weight, images, squares, seconds, products = self._known
+        weight += self._weight
+        images += self._images
+        squares += self._squares
+        seconds += self._seconds
+        products += self._products
         if not weight:
             return
         spread = weight * squares - images * images
@@ -96,6 +96,7 @@ class StageCosts:
         self._seen = [float(PRIOR_IMAGES)] * len(self.curves)
         self._gone_on = [float(PRIOR_IMAGES)] * len(self.curves)
         self._remaining: dict[Way, list[float]] = {}  # since the last run; every request asks
+        self._paths: dict[tuple[Way, int], float] = {}
 
     def observe(self, stage: int, images: int, seconds: float, going_on: int) -> None:
         """One more run, and how many of its images the next stage gets."""
@@ -104,6 +105,7 @@ class StageCosts:
         self._seen[stage] = kept * self._seen[stage] + images
         self._gone_on[stage] = kept * self._gone_on[stage] + going_on
         self._remaining.clear()
+        self._paths.clear()
 
     def run_s(self, stage: int, images: int) -> float:
         """What a run takes."""
@@ -127,13 +129,17 @@ class StageCosts:
 
     def path_s(self, way: Way, images: int) -> float:
         """How long an image is computed on its way, in batches of so many."""
+        if (known := self._paths.get((way, images))) is not None:
+            return known
         total, reaching, stage = 0.0, 1.0, way.first
         while True:
             total += reaching * self.run_s(stage, images)
             if (after := way.after[stage]) is None:
-                return total
+                break
             reaching *= self._going_on(stage, way)
             stage = after
+        self._paths[way, images] = total
+        return total
 
     def _going_on(self, stage: int, way: Way) -> float:
         return 1.0 if way.nobody_leaves[stage] else self._gone_on[stage] / self._seen[stage]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 PERIOD_S = 0.05
 WINDOW_S = 1.0  # the worst of the last one to two of these counts
 
 
 class LoopLag:
-    """Watches the running loop by a timer. For one event loop."""
+    """Watches the running loop by a timer. For one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        on_tick: called every `PERIOD_S`, for what has to be looked at then.
+    """
+
+    def __init__(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        self._on_tick = on_tick
         self._handle: asyncio.TimerHandle | None = None
         self._due_at = self._window_ends_at = 0.0
         self._worst = self._worst_before = 0.0
@@ -39,3 +45,4 @@ class LoopLag:
             self._worst_before, self._worst = self._worst, 0.0
             self._window_ends_at = now + WINDOW_S
         self.start()
+        self._on_tick()

@@ -14,6 +14,7 @@ from app.exits import ExitPolicy
 from app.log import get_logger
 from app.metrics import Metrics
 from app.scheduling.costs import StageCosts, Way
+from app.scheduling.loop_lag import PERIOD_S
 from app.scheduling.trip import Report, Rules, Trip, too_late
 from app.scheduling.work import Undecoded, WorkItem
 from app.types import Array, PipelineResult, RunTime, StageExecutor
@@ -21,6 +22,8 @@ from app.types import Array, PipelineResult, RunTime, StageExecutor
 log = get_logger(__name__)
 
 HOP_S = 0.0003  # of an instance's time: to hand survivors to a queue and take them up again (docs/adr/0021)
+HOLD_S = 0.01  # of the rest of a trip: those who have left it may be told with the others, while others wait
+TELL_EVERY_S = PERIOD_S  # then at the latest: when the loop is looked at anyway
 TIMER_S = 0.001  # as fine as an event loop's timers are
 DECODE_DECAY = 0.5 ** (1 / 64)  # an image's decoding counts half after 64 further ones
 
@@ -73,6 +76,7 @@ class StagedPipeline:
         self._queues: list[deque[WorkItem]] = [deque() for _ in range(policy.num_stages)]
         self._turns = [0] * policy.num_stages  # of each queue, when a batch was last taken from it
         self._trips: set[Trip] = set()  # under way
+        self._reported: deque[tuple[Trip, list[Report]]] = deque()  # what the loop has not heard yet
         self._pending: set[WorkItem] = set()
         self._closing = False
         self._empty = asyncio.Event()  # set by the last one, while closing
@@ -137,6 +141,8 @@ class StagedPipeline:
         if self._closing:
             item.fail(InferenceFailed("the model does not run any more"))
             return
+        if self._reported:
+            self.catch_up()
         self._pending.add(item)
         self._enqueue(item, self._jumps[point][0])
 
@@ -155,6 +161,11 @@ class StagedPipeline:
         self._closing = True
         if self._pending:
             await self._empty.wait()
+
+    def catch_up(self) -> None:
+        """Hear of what instances have done, though none has said that it is urgent; called every `TELL_EVERY_S`."""
+        while self._reported:
+            self._apply(*self._reported.popleft())
 
     def _enqueue(self, item: WorkItem, stage: int) -> None:
         queue = self._queues[stage]
@@ -266,10 +277,22 @@ class StagedPipeline:
     def _report(self, trip: Trip, reports: list[Report]) -> None:
         if self._loop is None:
             raise RuntimeError("a trip before the pipeline was started")
-        try:
-            self._loop.call_soon_threadsafe(self._apply, trip, reports)
-        except RuntimeError:  # the loop was closed: nobody waits any more
-            log.warning("a batch ended after the event loop had closed")
+        urgent = trip.ended or not self._may_wait(trip, reports[-1])
+        self._reported.append((trip, reports))
+        if urgent:
+            try:
+                self._loop.call_soon_threadsafe(self.catch_up)
+            except RuntimeError:  # the loop was closed: nobody waits any more
+                log.warning("a batch ended after the event loop had closed")
+
+    def _may_wait(self, trip: Trip, report: Report) -> bool:
+        """Whether the loop may hear of it with the rest of the trip: every wake costs those who wait for an instance."""
+        if report.handed_on or report.deferred or not any(self._queues):
+            return False
+        if self._compute_s(trip.stage, trip.aboard[0], len(trip.aboard)) > HOLD_S:
+            return False
+        soon = time.perf_counter() + 2 * TELL_EVERY_S
+        return all(item.deadline > soon for item, _ in report.answered)
 
     def _next_stage(self, item: WorkItem, stage: int) -> int:
         return self._jumps[item.point][stage]
@@ -277,8 +300,11 @@ class StagedPipeline:
     def _least_s(self, stage: int, item: WorkItem, images: int, to_decode: int = 0) -> float:
         if item.deadline == math.inf:
             return 0.0
-        compute_s = sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
-        return to_decode * self.mean_decode_s + compute_s
+        return to_decode * self.mean_decode_s + self._compute_s(stage, item, images)
+
+    def _compute_s(self, stage: int, item: WorkItem, images: int) -> float:
+        """What an item needs at least from a stage on, in a batch of so many."""
+        return sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
 
     def _goes_on(self, stage: int, item: WorkItem, images: int) -> bool:
         queue = self._queues[stage]

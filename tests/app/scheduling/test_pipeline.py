@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -14,7 +15,8 @@ from structlog.testing import capture_logs
 from app.errors import DeadlineExceeded, InferenceFailed, InvalidImage
 from app.metrics import Metrics
 from app.runtime.pool import BackendPool
-from app.scheduling.pipeline import StagedPipeline
+from app.scheduling.loop_lag import LoopLag
+from app.scheduling.pipeline import TELL_EVERY_S, StagedPipeline
 from app.scheduling.work import Undecoded, WorkItem
 from app.types import Array, PipelineResult, RunTime, StageOutput
 from models.manifest import PIXELS
@@ -83,7 +85,7 @@ async def submit(pipeline: StagedPipeline, *numbers: int) -> list[asyncio.Task[P
     return tasks
 
 
-async def answers(tasks: Iterable[asyncio.Task[PipelineResult]]) -> Answers:
+async def answers(tasks: Iterable[asyncio.Future[PipelineResult]]) -> Answers:
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -371,6 +373,64 @@ async def test_survivors_go_straight_on_where_nothing_is_gained_by_waiting(metri
 
     first, second = (0, [0, 1, 2, 3]), (0, [4, 5, 6, 7])
     assert ways == [[first, (1, [0]), second, (1, [4])], [first, (1, [0])], [first, second, (1, [4, 0])]]
+
+
+async def first_of_two_has_left(
+    pipeline: StagedPipeline, executor: FakeExecutor, deadline: float, *others: int
+) -> list[asyncio.Future[PipelineResult]]:
+    """Image 1 leaves after stage 0, in which image 2 was with it; others wait."""
+    futures = [asyncio.get_running_loop().create_future() for _ in (1, 2, *others)]
+    for number, future in zip((1, 2, *others), futures, strict=True):
+        pipeline.put(pixels(number), future, deadline=deadline)
+    await settle()
+    executor.let_one_finish()
+    await settle()
+    return futures
+
+
+@pytest.mark.parametrize(
+    ("others", "rest_s", "deadline", "told"),
+    [([3], 0.001, math.inf, False), ([], 0.001, math.inf, True), ([3], 0.1, math.inf, True), ([3], 0.001, 0.05, True)],
+    ids=["others wait", "nobody waits", "the rest is long", "its time ends soon"],
+)
+async def test_who_leaves_early_is_told_at_once_unless_every_wake_costs_others(
+    metrics: Metrics, others: list[int], rest_s: float, deadline: float, told: bool
+) -> None:
+    """Then the answer comes with the next image that is put, or when the loop looks by itself, or with the end of the trip."""
+    by_the_image = [[RunTime(1, rest_s), RunTime(4, 4 * rest_s)]] * NUM_STAGES
+    for then in ("put", "catch_up", "end"):
+        executor = FakeExecutor({2: 1})
+        async with pipeline_on(executor, metrics, max_batch_size=2, run_times=by_the_image) as pipeline:
+            with executor.held():
+                until = asyncio.get_running_loop().time() + deadline
+                first, *rest = await first_of_two_has_left(pipeline, executor, until, *others)
+                assert executor.runs[-1] == (1, [2])
+                assert first.done() == told
+                if then == "put":
+                    rest += await submit(pipeline, 4)
+                elif then == "catch_up":
+                    pipeline.catch_up()
+                else:
+                    executor.let_one_finish()
+                    await settle()
+                assert answered_number(first.result()) == 1
+            assert failed_numbers(await answers(rest)) == []
+
+
+async def test_a_run_that_hangs_keeps_no_answer_back(metrics: Metrics) -> None:
+    """Of those who left its batch before."""
+    executor = FakeExecutor({2: 1})
+    async with pipeline_on(executor, metrics, max_batch_size=2) as pipeline:
+        lag = LoopLag(pipeline.catch_up)
+        lag.start()
+        with executor.held():
+            first, *rest = await first_of_two_has_left(pipeline, executor, math.inf, 3)
+            assert not first.done()
+            await asyncio.sleep(2 * TELL_EVERY_S)
+            assert answered_number(first.result()) == 1
+            assert not any(future.done() for future in rest)
+        lag.stop()
+        assert failed_numbers(await answers(rest)) == []
 
 
 async def test_with_n_instances_n_batches_run_at_once(metrics: Metrics) -> None:
