@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
+from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import __version__
@@ -17,10 +18,23 @@ from app.http.middleware import RequestContextMiddleware
 from app.http.routes import classify, health, metrics, models, page
 from app.metrics import Metrics, create_registry
 from app.scheduling.quotas import Quotas
+from app.service import InferenceService
 from app.settings import Settings
 
 DESCRIPTION = """Image classification that spends compute where a picture needs it: the model is cut into stages with an
 exit after each, sure images leave early, and the others are batched anew."""
+
+
+class _State(State):
+    """Of the application. Starlette's looks every attribute up in Python, several times for each request; this has plain ones."""
+
+    settings: Settings
+    metrics: Metrics
+    quotas: Quotas | None
+    service: InferenceService
+    draining: bool
+
+    __setattr__ = object.__setattr__
 
 
 class _Application(FastAPI):
@@ -51,6 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = _Application(
         title="Fovea", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
+    app.state = _State()
     app.state.settings = settings
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
