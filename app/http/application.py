@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
@@ -26,7 +27,7 @@ exit after each, sure images leave early, and the others are batched anew."""
 
 
 class _State(State):
-    """Of the application. Starlette's looks every attribute up in Python, several times for each request; this has plain ones."""
+    """Of the application. Starlette's looks every attribute up in Python, many times for each request; this has plain ones."""
 
     settings: Settings
     metrics: Metrics
@@ -34,7 +35,8 @@ class _State(State):
     service: InferenceService
     draining: bool
 
-    __setattr__ = object.__setattr__
+    def __setattr__(self, key: Any, value: Any) -> None:
+        object.__setattr__(self, key, value)
 
 
 class _Application(FastAPI):
