@@ -108,7 +108,7 @@ class Classification:
             result = self.ended.result()
         except (RequestError, InferenceFailed, DeadlineExceeded) as error:
             model.metrics.images.labels(model.manifest.name, outcome_of(error)).inc()
-            return error
+            return error.with_traceback(None)  # which holds this frame, and so the image, until the collector comes
         except Exception:  # a defect of ours, met by one image: the others of the request have their answers
             log.exception("unexpected error", model=model.manifest.name)
             model.metrics.images.labels(model.manifest.name, "failed").inc()

@@ -96,14 +96,15 @@ class OneImage:
         try:
             answer = classification.conclude()
             self._terms.learn([answer])
-            if isinstance(answer, ServiceError):
-                raise answer
-            body, timing = answer_json(self._asked, [answer])
+            body, timing = (b"", None) if isinstance(answer, ServiceError) else answer_json(self._asked, [answer])
         except Exception as error:
-            self._end(None)  # it has been worked on
+            self._end(error)
             self._tell(error)
             return
-        self._end(None)
+        self._end(None)  # it has been worked on
+        if isinstance(answer, ServiceError):
+            self._tell(answer)
+            return
         self._observe("ok")
         headers = f"server-timing: {timing}\r\ncontent-length: {len(body)}\r\ncontent-type: application/json\r\n"
         self._on_answer(body, f"{headers}x-request-id: {self._identifier}\r\n")

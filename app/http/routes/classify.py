@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -54,15 +54,15 @@ async def _handle(scope: Scope, receive: Receive) -> Response:
     """Gives the endpoint its time budget and its parameters, and counts how it ended, whatever was wrong."""
     app: FastAPI = scope["app"]
     longest_s: float = app.state.settings.http.request_timeout_s
-    handed_over: HandedOver | None = scope.get(HANDED_OVER)
-    call = Call(scope, receive, longest_s) if handed_over is None else handed_over.call
+    call: Call = scope[HANDED_OVER].call if HANDED_OVER in scope else Call(scope, receive, longest_s)
     budget = call.budget
     outcome = "failed"
     try:
-        if handed_over is not None:
-            if handed_over.read:
+        if HANDED_OVER in scope:
+            if scope[HANDED_OVER].read:
                 await receive()  # as the layers around see it: nothing of the body is left
-            raise handed_over.error
+            # No variable has it: an error holds its frames, and one of them would hold it, and a body, until it is collected.
+            raise scope.pop(HANDED_OVER).error
         async with asyncio.timeout(longest_s) as budget.timer:
             response = await classify(call, *parameters(call))
         outcome = "ok"
@@ -243,7 +243,7 @@ async def classify(
         )
         answers = await _while_connected(call, classified)
     if not upload.several and isinstance(answers[0], ServiceError):
-        raise answers[0]
+        raise cast("ServiceError", answers.pop())  # no variable has it: see `_handle`
     body, timing = answer_json(asked, answers)
     return Response(body, headers=None if timing is None else {"Server-Timing": timing}, media_type="application/json")
 

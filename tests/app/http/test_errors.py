@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app import errors
+from app.classification import Classification
+from app.http.call import Call
 from app.http.errors import MAX_DETAIL_CHARS, STATUSES, describe_validation, problem
 from app.http.schemas import Problem
 from app.imaging.preprocess import load_pixels
@@ -18,6 +21,7 @@ from tests.app.http.served import (
     CLASSIFY,
     JPEG,
     MODEL,
+    MULTIPART,
     PNG,
     Bad,
     Gate,
@@ -32,7 +36,7 @@ from tests.app.http.served import (
     running,
     until,
 )
-from tests.images import make_jpeg, photo
+from tests.images import make_jpeg, photo, truncated
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
 
@@ -255,6 +259,31 @@ async def test_an_upload_that_takes_too_long_is_ended(tiny_repository: Path) -> 
             check_problem(await served.client.post(CLASSIFY, content=slow()), 504, "deadline_exceeded", "0.05 s")
             assert served.outcome("timeout") == 1
             served.assert_nothing_in_flight()
+
+
+async def test_nothing_of_a_request_that_failed_waits_for_the_collector(served: Served) -> None:
+    """An error that holds its own frames would hold the body too: refused at a thousand a second, they fill the memory."""
+    for options in ({}, {"params": {"timeout_ms": 60_000}}, {"headers": {"content-type": MULTIPART}}):  # what is made once
+        await served.classify(JPEG, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        for body, params, status in (
+            (b"text", {}, 415),
+            (truncated(JPEG), {}, 422),
+            (JPEG, {"model": "nobody"}, 404),
+            (JPEG, {"top_k": 0}, 422),
+            (JPEG, {"timeout_ms": 10**8}, 422),
+            (JPEG, {}, 200),
+        ):
+            assert (await served.classify(body, params=params)).status_code == status
+            await until(lambda: not _alive(Call, Classification))
+    finally:
+        gc.enable()
+
+
+def _alive(*kinds: type) -> list[object]:
+    return [found for found in gc.get_objects() if issubclass(type(found), kinds)]
 
 
 async def test_what_the_client_said_is_quoted_within_limits(served: Served) -> None:
