@@ -1,7 +1,7 @@
 """The commonest request, one image as the body, from its head to its answer without a task of its own (docs/adr/0022).
 
-Only good answers are made here. What is unusual is not taken on, and what goes wrong is handed to the framework's way, which
-tells the client.
+Good answers are made here, and refusals, of which an overload has more than answers. What is unusual is not taken on, and what
+goes wrong is handed to the framework's way, which tells the client.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from app.classification import Classification, Terms
-from app.errors import InvalidRequest, ServiceError
+from app.classification import Classification, Terms, outcome_of
+from app.errors import InvalidRequest, Overloaded, ServiceError
 from app.http.call import Call
+from app.http.errors import service_problem
 from app.http.middleware import HEADER, identify
 from app.http.routes.classify import HandedOver, answer_json, ask, out_of_time, parameters
 from app.log import request_id
@@ -135,3 +136,14 @@ class OneImage:
     def _observe(self, outcome: str) -> None:
         call = self._call
         self._state.metrics.observe_request(call.model_label, outcome, time.perf_counter() - call.started)
+
+
+def refusal(call: Call, error: Overloaded) -> tuple[bytes, str, int]:
+    """Body, headers and status for a request that was not taken on, counted."""
+    identifier = identify(call.scope)
+    token = request_id.set(identifier)
+    response = service_problem(error)
+    request_id.reset(token)
+    call.app.state.metrics.observe_request(call.model_label, outcome_of(error), time.perf_counter() - call.started)
+    headers = "".join([f"{name.decode()}: {value.decode()}\r\n" for name, value in response.raw_headers])
+    return bytes(response.body), f"{headers}x-request-id: {identifier}\r\n", response.status_code

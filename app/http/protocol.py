@@ -10,10 +10,12 @@ from typing import cast
 from fastapi import FastAPI
 from starlette.types import Receive, Scope
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from app.errors import Overloaded
 from app.http.call import Call
-from app.http.fast_path import OneImage
+from app.http.fast_path import OneImage, refusal
+from app.http.middleware import MAX_DROPPED_BYTES
 from app.http.routes.classify import HANDED_OVER, PATH, HandedOver
 from app.http.uploads import FORMS
 
@@ -61,7 +63,11 @@ class Protocol(HttpToolsProtocol):
         try:
             self._image = OneImage(call, self._answer, self._hand_over)
         except Exception as error:
-            self._hand_over(HandedOver(call, error, read=False))
+            # Under load there is nothing more often, so it is not to cost a task. The body that is still to come is dropped.
+            if isinstance(error, Overloaded) and int(call.header(b"content-length")) <= MAX_DROPPED_BYTES:
+                self._answer(*refusal(call, error))
+            else:
+                self._hand_over(HandedOver(call, error, read=False))
             return
         if cycle.body:  # it came while the request before it was worked on
             self._image.take(bytes(cycle.body))
@@ -69,7 +75,7 @@ class Protocol(HttpToolsProtocol):
         if not cycle.more_body:
             self._image.start()
 
-    def _answer(self, body: bytes, headers: str) -> None:
+    def _answer(self, body: bytes, headers: str, status: int = 200) -> None:
         cycle, self._image, self._cycle = self._cycle, None, None
         if cycle is None or self.transport.is_closing():
             return
@@ -78,7 +84,7 @@ class Protocol(HttpToolsProtocol):
         defaults = b"".join([b"%b: %b\r\n" % header for header in cycle.default_headers])
         if not cycle.keep_alive:
             headers += "connection: close\r\n"
-        self.transport.write(b"HTTP/1.1 200 OK\r\n%b%b\r\n%b" % (defaults, headers.encode(), body))
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, headers.encode(), body))
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()

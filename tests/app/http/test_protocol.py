@@ -17,6 +17,7 @@ from app.http.fast_path import OneImage
 from tests.app.http.served import (
     CLASSIFY,
     JPEG,
+    MAX_UPLOAD_BYTES,
     MODEL,
     PNG,
     Gate,
@@ -25,6 +26,7 @@ from tests.app.http.served import (
     check_answer,
     check_problem,
     going,
+    in_background,
     make_settings,
     running,
     until,
@@ -33,6 +35,7 @@ from tests.fakes import PATIENCE_S
 
 pytestmark = pytest.mark.anyio
 
+LARGE = {"max_upload_bytes": 2 * MAX_UPLOAD_BYTES}
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -234,3 +237,28 @@ async def test_a_defect_is_a_500_with_the_id_that_the_log_has(
         writer.write(request(JPEG))
         check_answer(await read_response(reader))
     assert served.outcome("failed") + served.outcome("failed", "unknown") == 3
+
+
+async def test_an_overload_is_told_before_the_body_and_costs_no_task(tiny_repository: Path, gate: Gate) -> None:
+    """The body is dropped as it comes, and the connection goes on."""
+    settings = make_settings(tiny_repository, limits={"max_in_flight_bytes": 2 * MAX_UPLOAD_BYTES}, http=LARGE)
+    with going("over a socket"):
+        async with running(settings) as served:
+            begun = len(gate.batches)
+            with gate.held():
+                async with in_background(served.classify(JPEG + bytes(2 * MAX_UPLOAD_BYTES - len(JPEG)))) as (first,):
+                    await gate.began(begun + 1)
+                    tasks = len(asyncio.all_tasks())
+                    async with connected(served) as (reader, writer):
+                        writer.write(request(PNG[:1], "X-Request-ID: mine", num_bytes=len(PNG)))
+                        response = await read_response(reader)
+                        problem = check_problem(response, 503, "overloaded", "try again")
+                        assert problem.request_id == "mine"
+                        assert response.headers["retry-after"].isdecimal()
+                        assert len(asyncio.all_tasks()) == tasks
+                        gate.release()
+                        check_answer(await first)
+                        writer.write(PNG[1:] + request(PNG))
+                        check_answer(await read_response(reader))
+            assert served.outcome("overloaded") == 1
+            served.assert_nothing_in_flight()
