@@ -16,6 +16,7 @@ from app.http.call import Call
 from app.http.errors import service_problem
 from app.http.middleware import HEADER, identify
 from app.http.routes.classify import HandedOver, answer_json, ask, out_of_time, parameters
+from app.http.uploads import Body
 from app.log import request_id
 from app.types import PipelineResult
 
@@ -38,7 +39,7 @@ class OneImage:
         self._on_answer = on_answer
         self._on_error = on_error
         self._state = call.app.state
-        self._chunks: list[bytes] = []
+        self._body = Body()
         self._terms: Terms | None = None
         self._classification: Classification | None = None
         self._read = self._ended = False
@@ -52,10 +53,10 @@ class OneImage:
             raise
         self._timer = asyncio.get_running_loop().call_later(max(0.0, call.budget.left_s), self._run_out)
 
-    def take(self, chunk: bytes) -> None:
+    def take(self, piece: bytes) -> None:
         """Some of its body."""
         if not self._ended:
-            self._chunks.append(chunk)
+            self._body.add(piece)
 
     def start(self) -> None:
         """All of its body has come."""
@@ -63,8 +64,7 @@ class OneImage:
             return
         self._read = True
         call, state, asked = self._call, self._state, self._asked
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
+        body = self._body.take()
         try:
             if state.quotas is not None:
                 state.quotas.take(call.header(state.settings.quotas.header.lower().encode()), 1)
@@ -126,7 +126,7 @@ class OneImage:
         """Give back whatever it holds."""
         self._ended = True
         self._timer.cancel()
-        self._chunks.clear()
+        self._body.clear()
         if self._classification is not None:
             self._classification.abandon()
             if self._terms is not None:

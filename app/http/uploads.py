@@ -21,6 +21,7 @@ from app.types import EncodedImage
 MAX_FORM_FIELDS = 16  # there are three parameters
 MAX_JSON_BRACKETS = 64  # an object and a list are needed
 MAX_FIELD_BYTES = 2**16
+MAX_PIECES = 64  # kept as they came; a byte in an object of its own takes forty
 BASE64_SLICE = 2**18  # characters; a multiple of 4
 FORMS = MULTIPART, JSON = "multipart/form-data", "application/json"  # any other body is one image
 NO_FIELDS = ClassifyFields()
@@ -33,6 +34,33 @@ class Upload:
     images: list[EncodedImage]
     fields: ClassifyFields  # parameters that came in the body
     several: bool  # the request has the form of a list, so the answer gives errors beside the images
+
+
+class Body:
+    """What has come of a body so far. However small its pieces are, they take hardly more memory than they are long."""
+
+    __slots__ = ("_pieces",)
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes | bytearray] = []
+
+    def add(self, piece: bytes) -> None:
+        """The next one."""
+        if len(self._pieces) < MAX_PIECES:
+            self._pieces.append(piece)
+        elif isinstance(last := self._pieces[-1], bytearray):
+            last += piece
+        else:
+            self._pieces.append(bytearray(piece))
+
+    def clear(self) -> None:
+        """Nobody wants it any more."""
+        self._pieces.clear()
+
+    def take(self) -> bytes:
+        """All of it, which is then forgotten here."""
+        pieces, self._pieces = self._pieces, []
+        return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], bytes) else b"".join(pieces)
 
 
 async def read_upload(call: Call, permit: Permit, *, max_bytes: int, max_images: int) -> Upload:
@@ -64,7 +92,7 @@ async def _read_body(call: Call, permit: Permit, max_bytes: int) -> bytes:
         if int(announced) > max_bytes:
             raise PayloadTooLarge(f"the body has {announced} bytes and at most {max_bytes} are accepted")
         permit.take_bytes(int(announced))
-    chunks: list[bytes] = []
+    body = Body()
     size, more = 0, True
     try:
         while more:
@@ -74,10 +102,10 @@ async def _read_body(call: Call, permit: Permit, max_bytes: int) -> bytes:
                 raise PayloadTooLarge(f"the body has more than the {max_bytes} bytes that are accepted")
             if size > permit.num_bytes:  # no length was announced
                 permit.take_bytes(size - permit.num_bytes)
-            chunks.append(chunk)
+            body.add(chunk)
     except ClientDisconnect as error:
         raise InvalidRequest("the connection was closed before the whole body had come") from error
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return body.take()
 
 
 def _from_multipart(content_type: str, body: bytes, max_images: int) -> Upload:

@@ -12,7 +12,7 @@ import pytest
 from starlette.types import Message
 
 from app.http import middleware
-from app.http.uploads import BASE64_SLICE, MAX_FIELD_BYTES, MAX_FORM_FIELDS
+from app.http.uploads import BASE64_SLICE, MAX_FIELD_BYTES, MAX_FORM_FIELDS, MAX_PIECES, Body
 from tests.app.http.served import (
     CLASSIFY,
     JPEG,
@@ -293,3 +293,14 @@ async def test_a_nested_json_body_is_refused_before_it_is_parsed(served: Served,
     """A megabyte of brackets would be a million objects, made on the event loop."""
     response = await served.client.post(CLASSIFY, content=body, headers={"Content-Type": "application/json"})
     check_problem(response, 422, "invalid_request", "nested")
+
+
+@pytest.mark.parametrize("pieces", [[], [b""], [b"abc"], [b"a"] * 1000, [bytes([i % 256]) * (i % 7) for i in range(500)]])
+def test_a_body_is_the_sum_of_its_pieces_and_no_larger(pieces: list[bytes]) -> None:
+    """A million of one byte each would take forty million, were they kept."""
+    body = Body()
+    for piece in pieces:
+        body.add(piece)
+    assert len(body._pieces) <= MAX_PIECES + 1
+    assert body.take() == b"".join(pieces)
+    assert body.take() == b""
