@@ -49,8 +49,9 @@ class Protocol(HttpToolsProtocol):
             self._image.start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._image is not None:
+        if self._image is not None and self._cycle is not None:
             self._image.leave()
+            _release(self._cycle)
             self._image = self._cycle = None
         super().connection_lost(exc)
 
@@ -88,7 +89,8 @@ class Protocol(HttpToolsProtocol):
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
-        cycle.on_response()
+        _release(cycle)
+        self.on_response_complete()
 
     def _hand_over(self, handed_over: HandedOver) -> None:
         """To the framework's way, which answers with the error."""
@@ -113,3 +115,12 @@ def _call_of_one_image(cycle: RequestResponseCycle, app: ASGI3Application) -> Ca
 
 def _scope_of(cycle: RequestResponseCycle) -> Scope:
     return cast("Scope", cycle.scope)  # for uvicorn it has fixed keys
+
+
+def _release(cycle: RequestResponseCycle) -> None:
+    """Let it go, as uvicorn does at the end of its task: else it and its protocol hold each other until the collector comes."""
+    cycle.on_response = _nothing
+
+
+def _nothing() -> None:
+    pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.http import protocol
 from app.http.application import drain
@@ -262,3 +264,19 @@ async def test_an_overload_is_told_before_the_body_and_costs_no_task(tiny_reposi
                         check_answer(await read_response(reader))
             assert served.outcome("overloaded") == 1
             served.assert_nothing_in_flight()
+
+
+async def test_a_connection_that_has_ended_does_not_wait_for_the_collector(served: Served) -> None:
+    """Answered, or left by its client while it sent: nothing holds its protocol."""
+    gc.collect()
+    gc.disable()
+    try:
+        async with connected(served) as (reader, writer):
+            writer.write(request(JPEG))
+            check_answer(await read_response(reader))
+        async with connected(served) as (_, writer):
+            writer.write(request(JPEG[:100], num_bytes=len(JPEG)))
+            await until(lambda: served.sample("fovea_in_flight_bytes") > 0)
+        await until(lambda: not any(type(found) is RequestResponseCycle for found in gc.get_objects()))
+    finally:
+        gc.enable()
