@@ -60,6 +60,7 @@ class Job:
     def finish(self, result: Any, error: BaseException | None) -> None:
         """On the loop: hand over what came of it."""
         done = self._done
+        self._call = self._done = None  # whoever is told may hold this job: nobody is to wait for the collector
         if done is not None:
             done(result, error)
 

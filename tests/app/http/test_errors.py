@@ -27,6 +27,7 @@ from tests.app.http.served import (
     Gate,
     Served,
     as_files,
+    base64_of,
     check_answer,
     check_problem,
     going,
@@ -277,7 +278,8 @@ async def test_nothing_of_a_request_that_failed_waits_for_the_collector(served: 
             (JPEG, {}, 200),
         ):
             assert (await served.classify(body, params=params)).status_code == status
-            await until(lambda: not _alive(Call, Classification))
+        check_answer(await served.client.post(CLASSIFY, json={"images": [base64_of(JPEG)]}))  # decoded on another thread
+        await until(lambda: not _alive(Call, Classification))
     finally:
         gc.enable()
 
