@@ -103,10 +103,10 @@ class InferenceService:
         permit: Permit,
         *,
         model: LoadedModel,
-        top_k: int = 5,
-        choice: Choice | None = None,
-        deadline: float = math.inf,
-        started: float | None = None,
+        top_k: int,
+        choice: Choice | None,
+        deadline: float,
+        started: float | None,
     ) -> Terms:
         """Take so many images on, for `start`; see `classify`."""
         num_classes = len(model.labels)

@@ -65,7 +65,9 @@ class Protocol(HttpToolsProtocol):
             self._image = OneImage(call, self._answer, self._hand_over)
         except Exception as error:
             # Under load there is nothing more often, so it is not to cost a task. The body that is still to come is dropped.
-            if isinstance(error, Overloaded) and int(call.header(b"content-length")) <= MAX_DROPPED_BYTES:
+            # Not with more waiting behind it: uvicorn starts the next one from within an answer, one refusal inside the other.
+            short = int(call.header(b"content-length")) <= MAX_DROPPED_BYTES
+            if isinstance(error, Overloaded) and short and not self.pipeline:
                 self._answer(*refusal(call, error))
             else:
                 self._hand_over(HandedOver(call, error, read=False))
@@ -78,7 +80,10 @@ class Protocol(HttpToolsProtocol):
 
     def _answer(self, body: bytes, headers: str, status: int = 200) -> None:
         cycle, self._image, self._cycle = self._cycle, None, None
-        if cycle is None or self.transport.is_closing():
+        if cycle is None:
+            return
+        _release(cycle)
+        if self.transport.is_closing():
             return
         if isinstance(self.app, FastAPI) and self.app.state.draining:  # the client finishes here and finds another instance
             cycle.keep_alive = False
@@ -89,7 +94,6 @@ class Protocol(HttpToolsProtocol):
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
-        _release(cycle)
         self.on_response_complete()
 
     def _hand_over(self, handed_over: HandedOver) -> None:

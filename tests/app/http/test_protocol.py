@@ -280,3 +280,17 @@ async def test_a_connection_that_has_ended_does_not_wait_for_the_collector(serve
         await until(lambda: not any(type(found) is RequestResponseCycle for found in gc.get_objects()))
     finally:
         gc.enable()
+
+
+async def test_any_number_of_requests_sent_at_once_may_be_refused(served: Served, gate: Gate) -> None:
+    """One after the other: were each refused from within the one before, so many would be too deep."""
+    count = 1500
+    async with connected(served) as (reader, writer):
+        with gate.held():
+            writer.write(request(JPEG) + request(b"") * count)
+            await gate.began(len(gate.batches) + 1)
+            served.service.admission.close()  # it refuses everybody
+        check_answer(await read_response(reader))
+        for _ in range(count):
+            check_problem(await read_response(reader), 503, "overloaded")
+    assert served.outcome("overloaded", "unknown") == count
