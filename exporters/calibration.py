@@ -114,13 +114,14 @@ def collect_ranges(
 
 
 def outlier_channels(largest: Array, config: CalibrationConfig) -> tuple[int, ...]:
-    """Channels without which the range is `outlier_ratio` times as small: as few as do that, or none.
+    """Channels without which the range is so many times as small as `outliers` wants it: as few as do that, or none.
 
     Args:
         largest: absolute value of each channel, (C,).
     """
     order = np.argsort(-largest, kind="stable")
-    for count in range(1, min(config.max_outliers, len(order) - 1) + 1):
-        if largest[order[count]] * config.outlier_ratio <= largest[order[0]]:
-            return tuple(sorted(int(channel) for channel in order[:count]))
+    for most, ratio in config.outliers:
+        for count in range(1, min(most, len(order) - 1) + 1):
+            if largest[order[count]] * ratio <= largest[order[0]]:
+                return tuple(sorted(int(channel) for channel in order[:count]))
     return ()

@@ -27,7 +27,7 @@ from exporters.published import one_thread
 from exporters.publishing import build_directory, publish
 from exporters.reduction_schedule import apply_schedule
 from exporters.schedule_search import schedule_of
-from exporters.sensitivity import every_exit, last_logits, most_sensitive, without
+from exporters.sensitivity import affordable, every_exit, last_logits, most_sensitive, without
 from exporters.sources.base import Source, SourceError
 from exporters.sources.timm_vit import TimmSource
 from exporters.sources.transformers_vit import TransformersSource
@@ -39,7 +39,7 @@ from models.manifest import ModelManifest
 CANDIDATE = "candidate"
 MADE_FROM = "candidate_made_from"  # in their provenance
 FP32, INT8, MIXED = recipe.FP32, recipe.INT8, recipe.MIXED
-KEPT_FP32 = 4  # of those
+KEPT_SHARE = 0.1  # of the multiply-adds: what the latter leaves in fp32
 ATOL = 1e-3  # of a logit between the fp32 graph and PyTorch
 COMPARED = 16  # images for that
 RESIZABLE = (TimmSource, TransformersSource)
@@ -167,7 +167,7 @@ class Workshop:
         build, ranges = exported.calibrated(self.fitting.pixels, self.config.calibration, self.progress)
         if sensitive:
             order = most_sensitive(build, ranges, self.fitting.pixels, self.config.quantization, self.progress)
-            told["sensitive_layers"] = ",".join(layer for _, layer in order[:KEPT_FP32])
+            told["sensitive_layers"] = ",".join(layer for (_, layer), _ in affordable(order, KEPT_SHARE))
         else:
             told["sensitive_layers"] = self.open(1).manifest.provenance["sensitive_layers"]
         kept = [(0, layer) for layer in told["sensitive_layers"].split(",")]

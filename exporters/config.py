@@ -16,8 +16,9 @@ class CalibrationConfig:
 
     num_images: int = 1024
     batch_size: int = 64
-    max_outliers: int = 8  # channels of a linear layer's input that may stay fp32
-    outlier_ratio: float = 4.0  # how much smaller the range must become for that: two of eight bits
+    # Channels of a linear layer's input that may stay fp32, and how much smaller the range must become for that: one of eight
+    # bits, or two where it takes more channels.
+    outliers: tuple[tuple[int, float], ...] = ((2, 2.0), (8, 4.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class QuantizationConfig:
     min_agreement: float = 0.95  # share of images with the same class as in fp32
     max_accuracy_drop: float = 0.01
     target_agreement: float = 0.98  # layers are left in fp32 until it is reached
-    max_fp32_layers: int = 6
+    max_fp32_share: float = 0.2  # of the multiply-adds, in those layers
     agreement_images: int = 512
     sensitivity_images: int = 32  # of which one layer at a time is INT8
 

@@ -6,7 +6,7 @@ normalisations in front of attention and MLP take the division in their gain and
 the projection. Behind the GELU there is nothing to take it. Values of attention are centred besides, where they become INT8.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019; between activations and
-weights as in Xiao et al., SmoothQuant, ICML 2023, equation 4 with a half.
+weights as in Xiao et al., SmoothQuant, ICML 2023, equation 4.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from models.multi_exit import MultiExitViT
 from models.vit import Block
 
 LARGEST_FACTOR = 32.0  # beyond it weights lose more than activations gain
+# How much of a channel's reach the weights take: 1 is all of it. Behind a norm they have steps to spare, for each of their
+# columns has a scale of its own. Values become bytes twice, before attention and behind it: one factor must suit both
+# (docs/adr/0005).
+BEHIND_NORM, OF_VALUES = 0.8, 0.5
 
 
 def equalize(model: MultiExitViT, extremes: Sequence[Mapping[str, Extremes]]) -> tuple[MultiExitViT, list[dict[str, Extremes]]]:
@@ -51,7 +55,7 @@ def _equalize_block(block: Block, name: str, seen: dict[str, Extremes]) -> None:
     if values in seen:
         _centre(block, projection, values, seen)
     if projection in seen:
-        factor = _factor(seen[projection], block.attn.proj.weight)
+        factor = _factor(seen[projection], block.attn.proj.weight, OF_VALUES)
         width = len(factor)
         block.attn.qkv.weight[2 * width :] /= factor.unsqueeze(1)
         block.attn.qkv.bias[2 * width :] /= factor
@@ -80,7 +84,7 @@ def _centre(block: Block, projection: str, values: str, seen: dict[str, Extremes
 def _behind_norm(norm: nn.LayerNorm, linear: nn.Linear, layers: Sequence[str], seen: dict[str, Extremes]) -> None:
     if not layers:
         return
-    factor = _factor(seen[layers[0]], linear.weight)  # the first sees all tokens
+    factor = _factor(seen[layers[0]], linear.weight, BEHIND_NORM)  # the first sees all tokens
     norm.weight.div_(factor)
     norm.bias.div_(factor)
     linear.weight *= factor
@@ -88,12 +92,12 @@ def _behind_norm(norm: nn.LayerNorm, linear: nn.Linear, layers: Sequence[str], s
         seen[layer] = seen[layer].divided(factor.numpy())
 
 
-def _factor(extremes: Extremes, weight: torch.Tensor) -> torch.Tensor:
-    """Of each input channel: sqrt(largest activation / largest weight), about 1 in the geometric mean."""
+def _factor(extremes: Extremes, weight: torch.Tensor, share: float) -> torch.Tensor:
+    """Of each input channel: largest activation ** share / largest weight ** (1 - share), 1 in the geometric mean."""
     activation: Array = np.maximum(np.abs(extremes.low), np.abs(extremes.high))
     of_weight = weight.abs().amax(dim=0).numpy()
     used = (activation > 0) & (of_weight > 0)
     factor = np.ones_like(of_weight)
-    factor[used] = np.sqrt(activation[used] / of_weight[used])
+    factor[used] = activation[used] ** share / of_weight[used] ** (1 - share)
     factor[used] /= np.exp(np.log(factor[used]).mean()) if used.any() else 1
     return torch.from_numpy(np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR).astype(np.float32))

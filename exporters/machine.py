@@ -10,12 +10,17 @@ from pathlib import Path
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the CPU calls itself."""
+    """What the CPU calls itself, and which it is: a virtual one tells no more of its name than the maker's line of servers."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        told = cpuinfo.read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else f"{platform.processor() or platform.machine()} CPU"
+        told = ""
+    name, family, model = (
+        re.search(rf"^{key}\s*:\s*(.+)$", told, flags=re.MULTILINE) for key in ("model name", "cpu family", "model")
+    )
+    if name is None:
+        return f"{platform.processor() or platform.machine()} CPU"
+    return name[1].strip() + (f" (family {family[1].strip()}, model {model[1].strip()})" if family and model else "")
 
 
 def kernel() -> str:

@@ -36,7 +36,9 @@ Agreement = Annotated[
     float,
     typer.Option(min=0, max=100, help="Percent of the images whose answer INT8 may not change: layers stay in fp32 for it."),
 ]
-Fp32Layers = Annotated[int, typer.Option(min=0, help="Layers at most that stay in fp32 for that.")]
+Fp32Share = Annotated[
+    float, typer.Option(min=0, max=100, help="Percent of the multiply-adds that stay in fp32 for that, at most.")
+]
 MaxDrop = Annotated[float, typer.Option(min=0, max=99, help="Points of accuracy that exits may cost.")]
 FastDrop = Annotated[
     float, typer.Option(min=0, max=99, help="Points that the operating point `fast` may cost; no more than --max-drop: none.")
@@ -64,11 +66,11 @@ def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:
     return BoundConfig(epsilon=max_drop / 100, delta=1 - confidence / 100)
 
 
-def where_other(target_agreement: float, max_fp32_layers: int, fast_drop: float, confidence: float) -> dict[str, object]:
+def where_other(target_agreement: float, max_fp32_share: float, fast_drop: float, confidence: float) -> dict[str, object]:
     """What was asked for, where it is not what is asked for by default."""
     asked = {
         "--target-agreement": (target_agreement, 100 * INT8.target_agreement),
-        "--max-fp32-layers": (max_fp32_layers, INT8.max_fp32_layers),
+        "--max-fp32-share": (max_fp32_share, 100 * INT8.max_fp32_share),
         "--fast-drop": (fast_drop, USUAL_FAST_DROP),
         "--confidence": (confidence, USUAL_CONFIDENCE),
     }

@@ -1,8 +1,12 @@
-"""Which layers may not be INT8: found by making one at a time INT8, and left in fp32 until the network agrees with itself."""
+"""Which layers may not be INT8: found by making one at a time INT8, and left in fp32 until the network agrees with itself.
+
+First those that change the logits most for the time they take: what gathers values hurts half as much as a layer of an MLP that
+has four times the multiply-adds (docs/adr/0005).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +18,7 @@ from exporters.calibration import spread
 from exporters.config import QuantizationConfig
 from exporters.graph_writer import ActivationRange
 from exporters.progress import SILENT, Progress
+from exporters.whole_graph import multiply_adds
 from models.manifest import LOGITS, PIXELS
 
 Ranges = Sequence[Mapping[str, ActivationRange]]  # by stage, then by layer
@@ -21,6 +26,8 @@ Build = Callable[[Ranges], list[onnx.ModelProto]]  # the network with just these
 Layer = tuple[int, str]  # its stage and its name there
 STEM = "stem"  # its convolutions are INT8 together or not at all
 BATCH_SIZE = 32
+LEAST_SHARE = 0.001  # of the multiply-adds: what a layer has at least of the time, however small it is
+LOOK_EVERY = 0.01  # of the multiply-adds left in fp32, before it is looked again how well the network agrees
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,7 @@ def select_layers(
         pixels: (N, ...), what stage 0 takes; no labels are needed.
 
     Returns:
-        All layers, if that agrees well enough; else without the most sensitive ones, up to `max_fp32_layers` of them.
+        All layers, if that agrees well enough; else without the most sensitive ones, up to `max_fp32_share` of multiply-adds.
     """
     pixels = pixels[spread(len(pixels), config.agreement_images)]
     reference = last_logits(build([{} for _ in ranges]), pixels)
@@ -65,26 +72,49 @@ def select_layers(
     if reached >= config.target_agreement:
         return Selection(chosen, (), reached)
     kept: list[str] = []
-    for stage, layer in most_sensitive(build, ranges, pixels, config, progress)[: config.max_fp32_layers]:
+    spent = seen = 0.0
+    for (stage, layer), share in affordable(most_sensitive(build, ranges, pixels, config, progress), config.max_fp32_share):
         chosen = without(chosen, [(stage, layer)])
         kept.append(f"{stage}.{layer}")
+        spent += share
+        if spent - seen >= LOOK_EVERY:
+            seen, reached = spent, agreement(chosen)
+            if reached >= config.target_agreement:
+                break
+    if spent != seen:
         reached = agreement(chosen)
-        if reached >= config.target_agreement:
-            break
     return Selection(chosen, tuple(kept), reached)
 
 
 def most_sensitive(
     build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig, progress: Progress = SILENT
-) -> list[Layer]:
-    """All layers, that first which changes the logits most when it alone is INT8; as `select_layers`."""
+) -> list[tuple[Layer, float]]:
+    """All layers with their shares of the multiply-adds; as `select_layers`.
+
+    That first whose INT8 alone changes the logits most for its share.
+    """
     few = pixels[spread(len(pixels), config.sensitivity_images)]
-    reference = last_logits(build([{} for _ in ranges]), few)
-    errors = {}
+    fp32 = build([{} for _ in ranges])
+    reference, inputs = last_logits(fp32, few), _inputs(fp32, few[:1])
+    counts = [multiply_adds(*each) for each in zip(fp32, inputs, strict=True)]
+    shares, errors = {}, {}
     for stage, layer in progress.track(groups(ranges), "one layer at a time in int8"):
-        alone = [_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)]
-        errors[stage, layer] = float(((last_logits(build(alone), few) - reference) ** 2).mean())
-    return sorted(errors, key=errors.__getitem__, reverse=True)
+        alone = build([_only(each, layer) if number == stage else {} for number, each in enumerate(ranges)])
+        errors[stage, layer] = float(((last_logits(alone, few) - reference) ** 2).mean())
+        count = counts[stage] - multiply_adds(alone[stage], inputs[stage])
+        shares[stage, layer] = max(count / sum(counts), LEAST_SHARE)
+    order = sorted(errors, key=lambda each: errors[each] / shares[each], reverse=True)
+    return [(each, shares[each]) for each in order]
+
+
+def affordable(order: Sequence[tuple[Layer, float]], most: float) -> list[tuple[Layer, float]]:
+    """Of layers and their shares, in their order, those that fit into this share together with the ones before."""
+    found, spent = [], 0.0
+    for layer, share in order:
+        if spent + share <= most:
+            found.append((layer, share))
+            spent += share
+    return found
 
 
 def without(ranges: Ranges, layers: Sequence[Layer]) -> list[dict[str, ActivationRange]]:
@@ -112,18 +142,32 @@ def last_logits(stages: Sequence[onnx.ModelProto], pixels: Array) -> FloatArray:
 
 def every_exit(stages: Sequence[onnx.ModelProto], pixels: Array) -> list[FloatArray]:
     """Logits (N, C) of each exit."""
-    sessions = [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
+    sessions = _sessions(stages)
     collected: list[list[FloatArray]] = [[] for _ in stages]
     for start in range(0, len(pixels), BATCH_SIZE):
-        outputs: dict[str, Array] = {PIXELS: pixels[start : start + BATCH_SIZE]}
-        for index, session in enumerate(sessions):
-            wanted = {node.name for node in session.get_inputs()}
-            names = [node.name for node in session.get_outputs()]
-            inputs = {name: outputs[name] for name in wanted}
-            pixels_again = {PIXELS: outputs[PIXELS]}  # for the next network of a cascade
-            outputs = pixels_again | dict(zip(names, session.run(names, inputs), strict=True))
+        for index, (_, outputs) in enumerate(_through(sessions, pixels[start : start + BATCH_SIZE])):
             collected[index].append(outputs[LOGITS])
     return [np.concatenate(parts) for parts in collected]
+
+
+def _sessions(stages: Sequence[onnx.ModelProto]) -> list[ort.InferenceSession]:
+    return [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in stages]
+
+
+def _inputs(stages: Sequence[onnx.ModelProto], pixels: Array) -> list[dict[str, Array]]:
+    """What each stage takes."""
+    return [inputs for inputs, _ in _through(_sessions(stages), pixels)]
+
+
+def _through(sessions: Sequence[ort.InferenceSession], pixels: Array) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+    """What each stage takes and gives."""
+    outputs: dict[str, Array] = {PIXELS: pixels}
+    for session in sessions:
+        inputs = {node.name: outputs[node.name] for node in session.get_inputs()}
+        names = [node.name for node in session.get_outputs()]
+        pixels_again = {PIXELS: pixels}  # for the next network of a cascade
+        outputs = pixels_again | dict(zip(names, session.run(names, inputs), strict=True))
+        yield inputs, outputs
 
 
 def _only(layers: Mapping[str, ActivationRange], layer: str) -> dict[str, ActivationRange]:

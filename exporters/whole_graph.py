@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -181,7 +181,7 @@ def constants(model: ModelProto) -> dict[str, Array]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-def run(model: ModelProto, inputs: dict[str, Array]) -> dict[str, Array]:
+def run(model: ModelProto, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Every output, by name.
 
     Raises:
@@ -190,7 +190,7 @@ def run(model: ModelProto, inputs: dict[str, Array]) -> dict[str, Array]:
     return next(_runs(model, [inputs]))
 
 
-def _runs(model: ModelProto, batches: Iterable[dict[str, Array]]) -> Iterator[dict[str, Array]]:
+def _runs(model: ModelProto, batches: Iterable[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
     """Of each batch, by one session."""
     options = ort.SessionOptions()
     options.log_severity_level = LOG_FATAL
@@ -198,7 +198,7 @@ def _runs(model: ModelProto, batches: Iterable[dict[str, Array]]) -> Iterator[di
         session = ort.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)
         names = [value.name for value in session.get_outputs()]
         for inputs in batches:
-            yield dict(zip(names, session.run(names, inputs), strict=True))
+            yield dict(zip(names, session.run(names, {**inputs}), strict=True))
     except Exception as error:  # ONNX Runtime's errors have no common base
         raise GraphError(f"the graph does not run: {error}") from error
 
@@ -214,8 +214,15 @@ def logits_of(model: ModelProto, pixels: FloatArray, *, at_once: bool = True) ->
     return np.concatenate([logits for found in _runs(model, ({name: part} for part in parts)) for logits in found.values()])
 
 
-def multiply_adds(model: ModelProto) -> int:
-    """Of one image through a `stage_of`: convolutions and products of matrices, by the shapes they have when it runs."""
+def multiply_adds(model: ModelProto, inputs: Mapping[str, Array] | None = None) -> int:
+    """Convolutions and products of matrices in fp32, by the shapes they have when it runs.
+
+    Args:
+        inputs: what goes in; None: one image, through a `stage_of`.
+
+    Raises:
+        GraphError: it does not run.
+    """
     weights = constants(model)
     probe = ModelProto()
     probe.CopyFrom(model)
@@ -227,10 +234,11 @@ def multiply_adds(model: ModelProto) -> int:
                 shapes.append(helper.make_node("Shape", [name], [f"{role}_{number}"]))
     probe.graph.node.extend(shapes)
     probe.graph.output.extend(helper.make_tensor_value_info(node.output[0], TensorProto.INT64, None) for node in shapes)
-    (pixels,) = model.graph.input
-    shape = [1, *(dimension.dim_value for dimension in pixels.type.tensor_type.shape.dim[1:])]
-    kind = helper.tensor_dtype_to_np_dtype(pixels.type.tensor_type.elem_type)
-    seen = run(probe, {pixels.name: np.zeros(shape, dtype=kind)})
+    if inputs is None:
+        (pixels,) = model.graph.input
+        shape = [1, *(dimension.dim_value for dimension in pixels.type.tensor_type.shape.dim[1:])]
+        inputs = {pixels.name: np.zeros(shape, dtype=helper.tensor_dtype_to_np_dtype(pixels.type.tensor_type.elem_type))}
+    seen = run(probe, inputs)
     total = 0
     for number, node in enumerate(counted):
         given = int(np.prod(seen[f"given_{number}"]))

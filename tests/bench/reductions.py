@@ -79,17 +79,17 @@ def main() -> int:
     parser.add_argument("--test", type=Path, action="append", required=True)
     parser.add_argument("--reduce", action="append", default=[])
     parser.add_argument("--target-agreement", type=float, default=QuantizationConfig().target_agreement)
-    parser.add_argument("--max-fp32-layers", type=int, default=QuantizationConfig().max_fp32_layers)
+    parser.add_argument("--max-fp32-share", type=float, default=QuantizationConfig().max_fp32_share)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "token-reduction.md")
     args = parser.parse_args()
     console = Console(width=180)
     labels = tuple(args.labels.read_text().rstrip("\n").split("\n"))
     folders = {name: number for number, name in enumerate(args.folders.read_text().split())}
-    quantization = QuantizationConfig(target_agreement=args.target_agreement, max_fp32_layers=args.max_fp32_layers)
+    quantization = QuantizationConfig(target_agreement=args.target_agreement, max_fp32_share=args.max_fp32_share)
     asked = [
         f"--target-agreement {args.target_agreement:g}",
-        f"--max-fp32-layers {args.max_fp32_layers}",
+        f"--max-fp32-share {args.max_fp32_share:g}",
         *(f"--reduce {each}" for each in args.reduce),
     ]
     told = facts(ROOT) | {"Command": f"`python -m tests.bench.reductions … {' '.join(asked)}`"}

@@ -353,11 +353,11 @@ def test_what_int8_is_asked_for_reaches_the_export_and_the_card(inputs: Path, mo
     monkeypatch.setattr(cli, "publish", lambda _, config: seen.append(config))
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
-    for further in ([], ["--target-agreement", "99.5", "--max-fp32-layers", "12"]):
+    for further in ([], ["--target-agreement", "99.5", "--max-fp32-share", "30"]):
         assert CliRunner().invoke(exporter, [*arguments, *further]).exit_code == 0
 
     usual, asked = seen
     assert usual.quantization == QuantizationConfig()
     assert "agreement" not in usual.command
-    assert (asked.quantization.target_agreement, asked.quantization.max_fp32_layers) == (0.995, 12)
-    assert "--target-agreement 99.5 --max-fp32-layers 12" in asked.command
+    assert (asked.quantization.target_agreement, asked.quantization.max_fp32_share) == (0.995, 0.3)
+    assert "--target-agreement 99.5 --max-fp32-share 30" in asked.command

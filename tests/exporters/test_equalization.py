@@ -19,7 +19,7 @@ from models.zoo import ZOO, create_model
 
 SPEC = ZOO["test_vit"].preprocess
 PIXELS = golden_images(SPEC)
-CONFIG = CalibrationConfig(max_outliers=0)
+CONFIG = CalibrationConfig(outliers=())
 
 
 @pytest.fixture(autouse=True)

@@ -299,7 +299,7 @@ def test_a_channel_that_ranges_far_beyond_the_others_stays_fp32() -> None:
     exposed = stage_graphs(model, spec, expose=True)
     fp32 = every_exit(stage_graphs(model, spec), pixels)
     errors = {}
-    for name, config in (("apart", CalibrationConfig()), ("inside", CalibrationConfig(max_outliers=0))):
+    for name, config in (("apart", CalibrationConfig()), ("inside", CalibrationConfig(outliers=()))):
         ranges = collect_ranges(exposed, pixels, config)
         errors[name] = np.abs(every_exit(stage_graphs(model, spec, ranges=ranges), pixels)[-1] - fp32[-1]).max()
         layer = ranges[1]["blocks.0.mlp.fc1"]
@@ -311,7 +311,7 @@ def test_a_channel_that_ranges_far_beyond_the_others_stays_fp32() -> None:
 
 def test_outliers_are_as_few_as_make_the_range_much_smaller() -> None:
     """Two of a kind go together; a channel a little larger than the others is none; there is a limit."""
-    config = CalibrationConfig(max_outliers=2, outlier_ratio=4.0)
+    config = CalibrationConfig(outliers=((1, 2.0), (2, 4.0)))
     assert outlier_channels(np.array([1, 9, 2, 1.0]), config) == (1,)
     assert outlier_channels(np.array([8, 9, 2, 1.0]), config) == (0, 1)
     assert outlier_channels(np.array([7, 8, 9, 2.0]), config) == ()
