@@ -33,7 +33,7 @@ from exporters.sources.timm_vit import TimmSource
 from exporters.sources.transformers_vit import TransformersSource
 from exporters.stage_files import write_stages
 from exporters.validation import ValueMismatch
-from exporters.vit_export import ViTExport
+from exporters.vit_export import ViTExport, with_exact_class_token
 from models.manifest import ModelManifest
 
 CANDIDATE = "candidate"
@@ -165,13 +165,14 @@ class Workshop:
         """All layers in INT8, and all but those that it hurts most: as found with all tokens, where most images tell most."""
         self.progress.step("calibrating and writing int8")
         build, ranges = exported.calibrated(self.fitting.pixels, self.config.calibration, self.progress)
+        gentler = with_exact_class_token(exported.model, ranges) or ranges
         if sensitive:
-            order = most_sensitive(build, ranges, self.fitting.pixels, self.config.quantization, self.progress)
+            order = most_sensitive(build, gentler, self.fitting.pixels, self.config.quantization, self.progress)
             told["sensitive_layers"] = ",".join(layer for (_, layer), _ in affordable(order, KEPT_SHARE))
         else:
             told["sensitive_layers"] = self.open(1).manifest.provenance["sensitive_layers"]
         kept = [(0, layer) for layer in told["sensitive_layers"].split(",")]
-        return {INT8: build(ranges), MIXED: build(without(ranges, kept))}
+        return {INT8: build(ranges), MIXED: build(without(gentler, kept))}
 
     def _publish(
         self,

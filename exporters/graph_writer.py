@@ -19,6 +19,7 @@ MICROSOFT, MICROSOFT_OPSET = "com.microsoft", 1
 IR_VERSION = 9  # of opset 20
 INT8_MAX = 127  # symmetric weights: -127 .. 127
 UINT8_MAX = 255
+LAST = 2**31 - 1  # as the end of a slice: all that there is
 SMALLEST_SCALE = 1e-18  # of activations and of weights: their product is still a float32
 
 IN_FP32 = ".in_fp32"  # in the name of weights inside attention: a step of INT8 is as large as what they work on
@@ -37,12 +38,14 @@ class ActivationRange:
     """Smallest and largest value that the input of a linear layer, or the output of a convolution, took in calibration.
 
     Outliers are input channels of a linear layer that range far beyond the others: they are left out of the range, and their
-    part of the product stays fp32 (Dettmers et al., LLM.int8(), NeurIPS 2022; here chosen once, by calibration).
+    part of the product stays fp32 (Dettmers et al., LLM.int8(), NeurIPS 2022; here chosen once, by calibration). So may the
+    product of the tokens in front, of which the answer is made: what rounding does to a class token stays in it.
     """
 
     low: float
     high: float
     outliers: tuple[int, ...] = ()
+    exact_tokens: int = 0  # in front, of (B, N, C)
 
     def scale_and_zero_point(self) -> Quantization:
         """Affine u8 quantization in which 0 is exact, as padding and ReLU want it (Jacob et al., CVPR 2018)."""
@@ -234,6 +237,10 @@ class GraphWriter:
             if outliers:
                 apart = self.weight(f"{name}{part}.weight_of_outliers", w[outliers])
                 product = self.node("Add", product, self.node("MatMul", taken, apart))
+            if count := self.ranges[name].exact_tokens:
+                exact = self.weight(f"{name}{part}.weight_of_tokens", w), self.weight(f"{name}{part}.bias", b)
+                front = self.node("Add", self.node("MatMul", self.slice(x, 0, count, axis=1), exact[0]), exact[1])
+                product = self.node("Concat", front, self.slice(product, count, LAST, axis=1), axis=1)
             found.append(product)
         return found
 

@@ -46,17 +46,25 @@ class Selection:
             for name, each in layers.items()
             if each.outliers
         ]
-        return ", ".join([*self.kept_fp32, *channels])
+        tokens = sum(each.exact_tokens > 0 for layers in self.ranges for each in layers.values())
+        return ", ".join([*self.kept_fp32, *channels, *([f"the class token in {tokens} layers more"] if tokens else [])])
 
 
 def select_layers(
-    build: Build, ranges: Ranges, pixels: Array, config: QuantizationConfig, progress: Progress = SILENT
+    build: Build,
+    ranges: Ranges,
+    pixels: Array,
+    config: QuantizationConfig,
+    progress: Progress = SILENT,
+    *,
+    gentler: Ranges | None = None,
 ) -> Selection:
     """Leave as few layers in fp32 as make the network agree with fp32 on `target_agreement` of the images.
 
     Args:
         ranges: of all layers that could be INT8.
         pixels: (N, ...), what stage 0 takes; no labels are needed.
+        gentler: the same, with what stays exact at little cost: taken before whole layers stay in fp32.
 
     Returns:
         All layers, if that agrees well enough; else without the most sensitive ones, up to `max_fp32_share` of multiply-adds.
@@ -69,6 +77,10 @@ def select_layers(
 
     chosen = [dict(stage) for stage in ranges]
     reached = agreement(chosen)
+    if reached < config.target_agreement and gentler is not None:
+        ranges = gentler
+        chosen = [dict(stage) for stage in ranges]
+        reached = agreement(chosen)
     if reached >= config.target_agreement:
         return Selection(chosen, (), reached)
     kept: list[str] = []

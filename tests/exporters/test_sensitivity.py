@@ -75,6 +75,27 @@ def test_where_int8_agrees_everything_is_int8(pixels: np.ndarray) -> None:
     assert built == [0, sum(map(len, ranges))]
 
 
+def test_what_costs_little_is_tried_before_layers_are_left_out(pixels: np.ndarray) -> None:
+    """And told; where it is enough, nothing else is tried, and where it is not, it stays."""
+    model = network()
+    good = ranges_of(model, pixels)
+    bad = [dict(stage) for stage in good]
+    bad[1]["blocks.1.mlp.fc2"] = replace(bad[1]["blocks.1.mlp.fc2"], low=-2000.0, high=2000.0)
+    gentler = [
+        {name: replace(each, outliers=(3,)) if "fc1" in name else each for name, each in stage.items()} for stage in good
+    ]
+
+    def build(chosen: Ranges) -> list[onnx.ModelProto]:
+        return stage_graphs(model, SPEC, ranges=chosen)
+
+    asked = replace(CONFIG, target_agreement=0.95)
+    assert select_layers(build, good, pixels, asked, gentler=gentler).ranges == good
+    assert select_layers(build, bad, pixels, asked, gentler=gentler).ranges == gentler
+    further = select_layers(build, bad, pixels, replace(asked, target_agreement=1.01), gentler=gentler)
+    assert further.kept_fp32
+    assert all(each.outliers == (3,) for stage in further.ranges for name, each in stage.items() if "fc1" in name)
+
+
 def test_there_is_a_limit_to_what_stays_fp32(pixels: np.ndarray) -> None:
     """A target out of reach leaves the most sensitive layers in fp32 and says how far that went."""
     model = network()
