@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from app.classification import Classification, Terms, outcome_of
 from app.errors import InvalidRequest, Overloaded, ServiceError
+from app.http.asked import HandedOver, answer_json, ask, out_of_time, parameters
 from app.http.call import Call
 from app.http.errors import service_problem
 from app.http.middleware import HEADER, identify
-from app.http.routes.classify import HandedOver, answer_json, ask, out_of_time, parameters
 from app.http.uploads import Body
 from app.log import request_id
 from app.types import PipelineResult

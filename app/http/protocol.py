@@ -13,10 +13,10 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from app.errors import Overloaded
+from app.http.asked import HANDED_OVER, PATH, HandedOver
 from app.http.call import Call
 from app.http.fast_path import OneImage, refusal
 from app.http.middleware import MAX_DROPPED_BYTES
-from app.http.routes.classify import HANDED_OVER, PATH, HandedOver
 from app.http.uploads import FORMS
 
 

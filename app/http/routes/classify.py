@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, TypeVar, cast
 
-import orjson
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
 from starlette.types import Receive, Scope
 
 from app.classification import outcome_of
-from app.errors import DeadlineExceeded, InvalidRequest, ServiceError
+from app.errors import InvalidRequest, ServiceError
+from app.http.asked import HANDED_OVER, PATH, Parameters, answer_json, ask, out_of_time, parameters
 from app.http.call import Call
-from app.http.errors import describe_validation, problem_responses
-from app.http.schemas import ClassifyFields, ClassifyJson, ClassifyResponse, answer_body, server_timing
-from app.http.time_budget import TIMEOUT_HEADER, budget_s, timeout_asked_ms
+from app.http.errors import problem_responses
+from app.http.schemas import ClassifyJson, ClassifyResponse
 from app.http.uploads import FORMS, read_upload
-from app.loaded_model import Choice, LoadedModel
-from app.log import request_id
 from app.service import InferenceService
 from app.settings import Settings
-from app.types import Prediction
 
 
 class _DirectRoute(APIRoute):
@@ -39,15 +33,6 @@ class _DirectRoute(APIRoute):
             return await _handle(request.scope, request.receive)
 
         return handle
-
-
-@dataclass(frozen=True, slots=True)
-class HandedOver:
-    """In the scope of a request that another way has taken on, and that ended in an error: to be answered here."""
-
-    call: Call
-    error: Exception
-    read: bool  # all of its body
 
 
 async def _handle(scope: Scope, receive: Receive) -> Response:
@@ -77,82 +62,11 @@ async def _handle(scope: Scope, receive: Receive) -> Response:
         app.state.metrics.observe_request(call.model_label, outcome, time.perf_counter() - call.started)
 
 
-def out_of_time(call: Call) -> DeadlineExceeded:
-    """What a request is told whose time has run out."""
-    return DeadlineExceeded(f"the request took longer than its time budget of {call.budget.seconds:g} s; try again later")
-
-
-HANDED_OVER = "fovea.handed_over"
-PATH = "/v1/classify"
 DIRECT = {("POST", PATH): _handle}
-
-
-class Parameters(NamedTuple):
-    """What may be said beside the images."""
-
-    model: str | None = None
-    version: int | None = None
-    top_k: int | None = None
-    quality: str | None = None
-    min_quality: str | None = None
-    timeout_ms: int | None = None
-
-    def with_body(self, fields: ClassifyFields) -> Parameters:
-        """Of a query, those that came in the body too.
-
-        Raises:
-            InvalidRequest: something was said twice, and not the same.
-        """
-        return Parameters(*(_either(name, value, getattr(fields, name)) for name, value in self._asdict().items()))
-
-
-def parameters(call: Call) -> Parameters:
-    """Of the query and the headers; a time budget counts from here on.
-
-    Raises:
-        InvalidRequest: they cannot be read.
-    """
-    found = Parameters()
-    if call.scope["query_string"]:
-        try:
-            found = Parameters(**ClassifyFields.model_validate(dict(call.query_params)).model_dump())
-        except ValidationError as error:
-            raise InvalidRequest(describe_validation(error.errors())) from error
-    if asked := call.header(TIMEOUT_HEADER):
-        found = found._replace(timeout_ms=_either("timeout_ms", found.timeout_ms, timeout_asked_ms(asked), "header"))
-    if found.timeout_ms is not None:
-        call.budget.shorten(found.timeout_ms / 1000)  # the upload is part of it
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """How a request is to be answered."""
-
-    model: LoadedModel
-    choice: Choice
-    top_k: int
-
-
-def ask(call: Call, wanted: Parameters, num_images: int = 1) -> Asked:
-    """Find the model, the operating point and the time for a request.
-
-    Raises:
-        InvalidRequest: there is no such point, or not so much time.
-        ModelNotFound: there is none of that name.
-        Overloaded: it cannot be answered in time.
-    """
-    state = call.app.state
-    chosen = state.service.registry.get(wanted.model, wanted.version)
-    name = call.model_label = chosen.manifest.name
-    call.budget.shorten(budget_s(state.settings, name, wanted.timeout_ms))
-    choice = chosen.choose(wanted.quality, wanted.min_quality, images=num_images, budget_s=call.budget.left_s)
-    return Asked(chosen, choice, min(DEFAULT_TOP_K, len(chosen.labels)) if wanted.top_k is None else wanted.top_k)
 
 
 router = APIRouter(tags=["classify"], route_class=_DirectRoute)
 
-DEFAULT_TOP_K = 5
 WATCH_AFTER_S = 0.02  # of work before anyone looks whether the client is still there
 T = TypeVar("T")
 
@@ -248,22 +162,6 @@ async def classify(
     return Response(body, headers=None if timing is None else {"Server-Timing": timing}, media_type="application/json")
 
 
-def answer_json(asked: Asked, answers: Sequence[Prediction | ServiceError]) -> tuple[bytes, str | None]:
-    """The body of an answer, and its Server-Timing where an image was classified."""
-    model, rung = asked.model, asked.choice.rung
-    body = {
-        "model": model.manifest.name,
-        "version": model.manifest.version,
-        "variant": model.variant,
-        "quality": rung.name,
-        "bound": rung.bound,
-        "request_id": request_id.get(),
-        "results": [answer_body(answer) for answer in answers],
-    }
-    predictions = [answer for answer in answers if isinstance(answer, Prediction)]
-    return orjson.dumps(body), server_timing(predictions) if predictions else None
-
-
 async def _while_connected(call: Call, work: Coroutine[Any, Any, T]) -> T:
     """The result of the work. It is cancelled when the client leaves, so that no batch is computed for nobody.
 
@@ -299,9 +197,3 @@ async def _while_connected(call: Call, work: Coroutine[Any, Any, T]) -> T:
         timer.cancel()
         if watcher is not None:
             watcher.cancel()
-
-
-def _either(name: str, query: T | None, other: T | None, where: str = "body") -> T | None:
-    if query is not None and other is not None and query != other:
-        raise InvalidRequest(f"{name} is {query} in the query and {other} in the {where}; say it once")
-    return query if query is not None else other
