@@ -71,12 +71,12 @@ class ModelRegistry(Generic[M]):
         """
         wanted = name if name is not None else self.default_model
         if wanted is None:
-            raise ModelNotFound(f"name a model: there are {', '.join(sorted(self._models)) or 'none'}")
+            raise ModelNotFound(f"name a model; loaded: {', '.join(sorted(self._models)) or 'none'}")
         versions = self._models.get(wanted)
         if not versions:
             if wanted in self._loading:
                 raise ModelNotReady(f"model {wanted!r} is being loaded; try again in a moment")
-            raise ModelNotFound(f"there is no model {wanted!r} here; there are {', '.join(sorted(self._models)) or 'none'}")
+            raise ModelNotFound(f"there is no model {wanted!r} here; loaded: {', '.join(sorted(self._models)) or 'none'}")
         number = max(versions) if version is None else version
         if number not in versions:
             raise ModelNotFound(

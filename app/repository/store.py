@@ -55,7 +55,7 @@ class ModelStore:
         versions = self.versions(name)
         if not versions or (version is not None and version not in versions):
             wanted = name if version is None else f"{name} version {version}"
-            raise ModelNotFound(f"there is no model {wanted} in the repository; there are {', '.join(self.names()) or 'none'}")
+            raise ModelNotFound(f"there is no model {wanted} in the repository, which has {', '.join(self.names()) or 'none'}")
         directory = self._root / name / str(versions[-1] if version is None else version)
         try:
             manifest = ModelManifest.load(directory)

@@ -72,7 +72,7 @@ async def test_the_only_model_needs_no_name(registry: ModelRegistry[FakeModel]) 
 
     await registry.load("b")
     assert registry.default_model is None
-    with pytest.raises(ModelNotFound, match="name a model: there are a, b"):
+    with pytest.raises(ModelNotFound, match="name a model; loaded: a, b"):
         registry.get()
 
 
@@ -89,7 +89,7 @@ async def test_what_is_not_loaded_is_not_found(registry: ModelRegistry[FakeModel
     """The message says what there is."""
     await registry.load("a", 3)
 
-    with pytest.raises(ModelNotFound, match="no model 'b' here; there are a"):
+    with pytest.raises(ModelNotFound, match="no model 'b' here; loaded: a"):
         registry.get("b")
     with pytest.raises(ModelNotFound, match="no version 1 here; loaded: 3"):
         registry.get("a", 1)

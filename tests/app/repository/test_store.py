@@ -95,14 +95,14 @@ def test_a_repository_that_is_not_there_is_empty(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "absent")
 
     assert (store.names(), store.versions(NAME)) == ([], [])
-    with pytest.raises(ModelNotFound, match="there are none"):
+    with pytest.raises(ModelNotFound, match="which has none"):
         store.open(NAME)
 
 
 @pytest.mark.parametrize(("name", "number"), [("other", None), (NAME, 2)])
 def test_an_unknown_model_or_version_is_not_found(root: Path, name: str, number: int | None) -> None:
     """The message says what there is."""
-    with pytest.raises(ModelNotFound, match=f"{name}.*there are {NAME}"):
+    with pytest.raises(ModelNotFound, match=f"{name}.*which has {NAME}"):
         ModelStore(root).open(name, number)
 
 
