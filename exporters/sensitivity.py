@@ -85,7 +85,8 @@ def select_layers(
         return Selection(chosen, (), reached)
     kept: list[str] = []
     spent = seen = 0.0
-    for (stage, layer), share in affordable(most_sensitive(build, ranges, pixels, config, progress), config.max_fp32_share):
+    order = affordable(most_sensitive(build, ranges, pixels, config, progress), config.max_fp32_share)
+    for (stage, layer), share in progress.track(order, "the worst layers back in fp32"):
         chosen = without(chosen, [(stage, layer)])
         kept.append(f"{stage}.{layer}")
         spent += share
