@@ -84,17 +84,17 @@ def select_layers(
     if reached >= config.target_agreement:
         return Selection(chosen, (), reached)
     kept: list[str] = []
-    spent = seen = 0.0
+    spent = looked_at = 0.0  # in fp32 now, and when it was last asked how well that agrees
     order = affordable(most_sensitive(build, ranges, pixels, config, progress), config.max_fp32_share)
     for (stage, layer), share in progress.track(order, "the worst layers back in fp32"):
         chosen = without(chosen, [(stage, layer)])
         kept.append(f"{stage}.{layer}")
         spent += share
-        if spent - seen >= LOOK_EVERY:
-            seen, reached = spent, agreement(chosen)
+        if spent - looked_at >= LOOK_EVERY:
+            looked_at, reached = spent, agreement(chosen)
             if reached >= config.target_agreement:
                 break
-    if spent != seen:
+    if spent != looked_at:
         reached = agreement(chosen)
     return Selection(chosen, tuple(kept), reached)
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """In the scope of a request that another way has taken on, and that ended in an error: to be answered here."""
+    """In the scope of a request that another way has taken on, and that ended in an error: the route answers it."""
 
     call: Call
     error: Exception

@@ -105,7 +105,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 @router.post(
-    "/v1/classify",
+    PATH,
     summary="Classify one image or several",
     responses=RESPONSES,
     response_class=Response,
