@@ -21,6 +21,7 @@ KEPT_APART = {
     "uvicorn": ("app.http",),
     "onnxruntime": ("app.runtime",),
     "PIL": ("app.imaging",),
+    "simplejpeg": ("app.imaging",),
     "typer": ("app.cli",),
 }
 
@@ -134,7 +135,7 @@ def test_the_declared_exceptions_exist() -> None:
 
 @pytest.mark.parametrize("third_party", sorted(KEPT_APART))
 def test_a_third_party_is_imported_by_its_own_part_only(third_party: str) -> None:
-    """Only `app.http` knows FastAPI, only `app.runtime` ONNX Runtime, only `app.imaging` Pillow."""
+    """Only `app.http` knows FastAPI, only `app.runtime` ONNX Runtime, only `app.imaging` Pillow and simplejpeg."""
     users = {
         module
         for module in MODULES

@@ -52,6 +52,12 @@ def decode_cost(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, i
     return _FIXED_BYTES + len(data) + peak * pixels + extra
 
 
+def plain_jpeg_cost(data: bytes, num_channels: int, sides: tuple[int, int]) -> int:
+    """The same of what `app.imaging.plain_jpeg` decodes to these sides: as it comes, as Pillow stores it, and averaged."""
+    stored = 1 if num_channels == 1 else 4
+    return _FIXED_BYTES + len(data) + (num_channels + stored + 1) * sides[0] * sides[1]
+
+
 def jpeg_segments(data: bytes) -> Iterator[re.Match[bytes]]:
     """The segments' markers, from the first behind the start of the image to its end; pixels' data are skipped."""
     position = 2
@@ -91,6 +97,11 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
     while kind := data[position + 4 : position + 8]:
         yield kind
         position += 12 + int.from_bytes(data[position : position + 4])
+
+
+def is_quick_jpeg(data: bytes, pixels: int) -> bool:
+    """Of one scan."""
+    return len(data) <= QUICK_BYTES and pixels <= QUICK_JPEG_PIXELS
 
 
 def is_quick_to_decode(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> bool:

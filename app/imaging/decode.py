@@ -10,7 +10,7 @@ import struct
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -23,7 +23,17 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from app.errors import ImageTooLarge, InferenceFailed, InvalidImage, ServiceError, UnsupportedImage
 from app.imaging.budget import DecodeBudget, NeedsTime
-from app.imaging.cost import START_OF_SCAN, decode_cost, has_one_scan, is_quick_to_decode, is_quick_to_read, jpeg_segments
+from app.imaging.cost import (
+    START_OF_SCAN,
+    decode_cost,
+    has_one_scan,
+    is_quick_jpeg,
+    is_quick_to_decode,
+    is_quick_to_read,
+    jpeg_segments,
+    plain_jpeg_cost,
+)
+from app.imaging.plain_jpeg import PlainJpeg, decode_plain_jpeg, read_head
 
 _PLUGINS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP", "AVIF": "AVIF"}
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif"}  # a Pillow may be built without them
@@ -148,6 +158,12 @@ def open_picture(
         raise UnsupportedImage(
             f"This is not an image in an accepted format ({ACCEPTED}), whatever its name says: convert it to one of them."
         )
+    least = None if min_side is None else DRAFT_FACTOR * min_side
+    if name == "JPEG" and (head := read_head(data)) is not None and head.num_pixels <= max_pixels:
+        with _open_plain_jpeg(data, head, least, budget, quick) as plain:
+            if plain is not None:
+                yield plain
+                return
     if quick and not is_quick_to_read(name, data):
         raise NeedsTime
     with _blaming_the_file(FORMATS[name]):
@@ -155,13 +171,13 @@ def open_picture(
         _check_size(image, max_pixels)
         _check_mode(image)
         full_size, scale = image.size, 1.0
-        if min_side is not None:
-            drafted = image.draft(None, (DRAFT_FACTOR * min_side, DRAFT_FACTOR * min_side))  # None where not a JPEG
+        if least is not None:
+            drafted = image.draft(None, (least, least))  # None where not a JPEG
             scale = 1.0 if drafted is None else full_size[0] / drafted[1][2]
         cost = decode_cost(image, data, full_size)
     if quick and not is_quick_to_decode(image, data, full_size):
         raise NeedsTime
-    with nullcontext() if budget is None else budget.hold(cost, wait=not quick), _blaming_the_memory():
+    with _held(budget, cost, quick), _blaming_the_memory():
         try:
             with _blaming_the_file(FORMATS[name]), _blaming_the_memory():
                 picture = _load(image, full_size, scale)
@@ -173,15 +189,46 @@ def open_picture(
             _release(image)
 
 
+@contextmanager
+def _open_plain_jpeg(
+    data: bytes, head: PlainJpeg, least: int | None, budget: DecodeBudget | None, quick: bool
+) -> Iterator[Picture | None]:
+    """As `open_picture`; None where the file is broken."""
+    if quick and not is_quick_jpeg(data, head.num_pixels):
+        raise NeedsTime
+    scale = head.scale(least)
+    with _held(budget, plain_jpeg_cost(data, head.num_channels, head.sides(scale)), quick), _blaming_the_memory():
+        pixels = decode_plain_jpeg(data, head, scale)
+        if pixels is None:
+            yield None
+            return
+        image = Image.fromarray(pixels)
+        del pixels  # a copy of which is the image
+        try:
+            yield _picture(image, head.size, scale, _UPRIGHT.get(head.orientation))
+        finally:
+            image.close()
+
+
+def _held(budget: DecodeBudget | None, cost: int, quick: bool) -> AbstractContextManager[None]:
+    return nullcontext() if budget is None else budget.hold(cost, wait=not quick)
+
+
 def _load(image: ImageFile.ImageFile, full_size: tuple[int, int], scale: float) -> Picture:
     image.load()
     vars(image).pop("_decoder", None)  # of WebP and AVIF: up to 8 bytes per pixel, no longer needed
     turn = _UPRIGHT.get(_orientation(image))  # after load: a PNG may tell it at its very end
-    width, height = image.size if scale == 1 else full_size  # load may have turned a TIFF already
+    size = image.size if scale == 1 else full_size  # load may have turned a TIFF already
     plain = _plain(image)
     if plain is not image:
         image.close()
-    return Picture(plain, (height, width) if turn is not None and turn.swaps else (width, height), scale, turn)
+    return _picture(plain, size, scale, turn)
+
+
+def _picture(image: Image.Image, size: tuple[int, int], scale: float, turn: Turn | None) -> Picture:
+    """Of what is stored, and its size at full scale."""
+    width, height = size
+    return Picture(image, (height, width) if turn is not None and turn.swaps else size, scale, turn)
 
 
 def _release(image: ImageFile.ImageFile) -> None:
