@@ -54,21 +54,21 @@ ONE_EXIT = (ExitSpec(score="max_softmax", temperature=1.0, threshold=None),)
 class Search:
     """What is tried.
 
-    shares: of the multiply-adds that are left, most first, by a method of token reduction. patch_sizes: in pixels, smallest
-    first; None: such as suit the network.
+    shares: of the multiply-adds that are left, most first, by a method of token reduction; None: the one that changes answers
+    least among those that suit the network. patch_sizes: in pixels, smallest first; None: such as suit the network.
     """
 
-    method: str = "tome"
+    method: str | None = None
     shares: tuple[float, ...] = (0.85, 0.75, 0.65)
     patch_sizes: tuple[int, ...] | None = None
 
     def families(self, network: Network, *, resizable: bool) -> list[list[Trial]]:
         """Each from the dearest to the cheapest: merging, larger patches, and both."""
-        sizes = self.patch_sizes
+        config, sizes = network.model.config, self.patch_sizes
+        method = self.method or ("mctf" if config.num_prefix_tokens else "tome")
         if sizes is None:
-            config = network.model.config
             sizes = default_patch_sizes(config.image_size, config.patch_size) if resizable else ()
-        merged = [f"{self.method}:{100 * share:g}%" for share in self.shares]
+        merged = [f"{method}:{100 * share:g}%" for share in self.shares]
         both = [Trial(size, merged[0]) for size in sizes[:2] if merged]
         return [[Trial(reduction=each) for each in merged], [Trial(size) for size in sizes], both]
 

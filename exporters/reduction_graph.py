@@ -8,7 +8,7 @@ import numpy as np
 
 from exporters.graph_writer import GraphWriter, ReductionNote
 from models.slow_fast import REMEMBERED
-from models.token_reduction import CLUSTER_ROUNDS, TINY, TokenReduction
+from models.token_reduction import CLUSTER_ROUNDS, INFORMATION, SIZE, TINY, TokenReduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,10 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
     """
     method, keep, count = reduction.method, reduction.keep, patches.count
     match method:
-        case "tome":
-            return _tome(graph, patches, count - keep)
+        case "tome" | "mctf":
+            by_keys = method == "tome"
+            features = _normalised(graph, patches.mean_keys(graph)) if by_keys else _by_criteria(graph, patches)
+            return _merge_likest(graph, method, patches, features, count - keep)
         case "evit":
             score, order = _sorted(graph, patches.class_attention(graph), count)
             graph.note(ReductionNote(method, count, keep, order))
@@ -151,19 +153,29 @@ def _normalised(graph: GraphWriter, x: str) -> str:
     return graph.node("LpNormalization", x, axis=-1, p=2)
 
 
-def _tome(graph: GraphWriter, patches: Patches, num_merged: int) -> tuple[str, str]:
-    """Bolya et al., ICLR 2023, section 3."""
+def _by_criteria(graph: GraphWriter, patches: Patches) -> str:
+    """Lee et al., CVPR 2024, section 3.1: features whose products are likeness and both patches' readiness, (B, M, D + 1)."""
+    told = graph.node("Max", patches.class_attention(graph), graph.scalar("tiny", TINY))
+    ready = graph.node("Pow", told, graph.scalar("information", -INFORMATION))
+    ready = graph.node("Unsqueeze", ready, graph.constant([-1]))
+    if patches.sizes:
+        ready = graph.node("Mul", ready, graph.node("Pow", patches.sizes, graph.scalar("size", -SIZE)))
+    unit = _normalised(graph, patches.tokens)
+    return graph.node("Mul", graph.node("Pad", unit, graph.constant([0, 0, 0, 0, 0, 1]), graph.scalar("one", 1)), ready)
+
+
+def _merge_likest(graph: GraphWriter, method: str, patches: Patches, features: str, num_merged: int) -> tuple[str, str]:
+    """Bolya et al., ICLR 2023, section 3: the pairs of the largest products of features (B, M, d)."""
     count = patches.count
     num_found, num_looking = (count + 1) // 2, count // 2
-    keys = _normalised(graph, patches.mean_keys(graph))
-    found_keys, looking_keys = _halves(graph, keys, count)
-    similarity = graph.node("MatMul", looking_keys, graph.node("Transpose", found_keys, perm=[0, 2, 1]))
+    found_features, looking_features = _halves(graph, features, count)
+    similarity = graph.node("MatMul", looking_features, graph.node("Transpose", found_features, perm=[0, 2, 1]))
     best = graph.node("ReduceMax", similarity, graph.constant([-1]), keepdims=0)
     nearest = graph.node("ArgMax", similarity, axis=-1, keepdims=0)
     _, order = _sorted(graph, best, num_looking)
     sources = graph.slice(order, 0, num_merged, axis=1)
     unmatched = graph.slice(order, num_merged, num_looking, axis=1)
-    graph.note(ReductionNote("tome", count, count - num_merged, order, nearest))
+    graph.note(ReductionNote(method, count, count - num_merged, order, nearest))
     put = _put(graph, take(graph, nearest, sources), num_found)  # (B, found, r)
 
     # The size is one more feature, so that one product moves both.

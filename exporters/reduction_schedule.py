@@ -11,7 +11,7 @@ from torch import nn
 from models.learned_pruning import LearnedPruning, TokenPredictor
 from models.multi_exit import MultiExitViT
 from models.slow_fast import EVO_VIT, SlowFast
-from models.token_reduction import METHODS, TokenReduction
+from models.token_reduction import MERGES_PAIRS, METHODS, TokenReduction
 from models.vit import Block
 
 LEARNED = "dynamicvit"  # its predictors are trained with the network (`models.learned_pruning`)
@@ -68,7 +68,7 @@ class ReductionSchedule:
         """With what each block really gives."""
         removed, count = [], num_patches
         for asked in self.removed:
-            removed.append(min(asked, count // 2) if self.method == "tome" and self.up_to else asked)
+            removed.append(min(asked, count // 2) if self.method in MERGES_PAIRS and self.up_to else asked)
             count -= removed[-1]
         return ReductionSchedule(self.method, tuple(removed))
 
@@ -167,7 +167,7 @@ def apply_schedule(model: MultiExitViT, schedule: ReductionSchedule) -> None:
         _apply_slow_fast(model, schedule)
         return
     count, num_prefix = model.config.num_patches, model.config.num_prefix_tokens
-    merges = schedule.method == "tome"
+    merges = schedule.method in MERGES_PAIRS
     blocks = [block for stage in model.stages for block in stage.blocks]  # type: ignore[union-attr]  # ModuleLists
     asking = sum(amount > 0 for amount in schedule.removed)
     if schedule.method == LEARNED and asking != len(model.predictors):

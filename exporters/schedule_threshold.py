@@ -21,7 +21,7 @@ from exporters.staging import blocks_of, stages_of
 from exporters.validation import normalised
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
-from models.token_reduction import TokenReduction, likeness, relative_importance
+from models.token_reduction import MERGES_PAIRS, TokenReduction, likeness, relative_importance
 from models.vit import Block
 
 BATCH_SIZE = 32
@@ -83,4 +83,4 @@ def _amount(method: str, spare: Tensor, count: int, covered: float) -> int:
     amount = int(spare.sort(descending=True).values[math.ceil(covered * len(spare)) - 1])
     if method == "evit":
         amount -= 1  # the others are fused into one
-    return max(0, min(amount, count - 1))
+    return max(0, min(amount, count // 2 if method in MERGES_PAIRS else count - 1))

@@ -108,7 +108,9 @@ def optimize(
     repository: Annotated[Path, typer.Option(help="Where the ladder is published.")] = Path("models/artifacts"),
     unlabelled: Annotated[bool, typer.Option(help="The images have no labels; the network's answers stand for them.")] = False,
     folders: Annotated[Path | None, typer.Option(exists=True, help="The folder of each class's images, one a line.")] = None,
-    method: Annotated[str, typer.Option(help="How tokens are reduced.")] = "tome",
+    method: Annotated[
+        str | None, typer.Option(help="How tokens are reduced; unset: mctf where there is a class token, else tome.")
+    ] = None,
     shares: Annotated[str, typer.Option(help="Percent of the multiply-adds that are left, most first.")] = SHARES,
     patch_sizes: Annotated[
         str | None,
@@ -151,7 +153,7 @@ def optimize(
                     "--version": version,
                     "--max-drop": f"{max_drop:g}",
                     **where_other(100 * INT8.target_agreement, 100 * INT8.max_fp32_share, fast_drop, confidence),
-                    "--method": None if method == Search().method else method,
+                    "--method": method,
                     "--shares": None if shares == SHARES else shares,
                     "--patch-sizes": patch_sizes,
                     "--max-latency-ms": max_latency_ms,

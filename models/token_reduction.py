@@ -3,6 +3,7 @@
 | method | score | select | combine | source |
 | --- | --- | --- | --- | --- |
 | tome | similarity of keys | bipartite matching | average, weighted by size | Bolya et al., ICLR 2023 |
+| mctf | that of features, class token's attention, size | bipartite matching | average, by size | Lee et al., CVPR 2024 |
 | evit | attention of the class token | top-k | fuse the rest into one | Liang et al., ICLR 2022 |
 | tps | attention of the class token | top-k | squeeze into the nearest kept token | Wei et al., CVPR 2023 |
 | token_pooling | attention received, by all | weighted k-medoids | average, weighted by score | Marin et al., WACV 2023 |
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12  # so that a cluster of nothing is zero and not undefined
+INFORMATION, SIZE = 1 / 20, 1 / 40  # temperatures of mctf's criteria; likeness has 1 (section 3.1 of the paper)
 CLUSTER_ROUNDS = 3  # of k-medoids; the paper finds that a few are enough
 
 
@@ -130,6 +132,22 @@ def likeness(keys: Tensor) -> Tensor:
     return (keys[:, 1::2] @ keys[:, ::2].transpose(1, 2)).amax(dim=-1)
 
 
+def readiness(weights: Tensor, sizes: Tensor) -> Tensor:
+    """How gladly a patch is merged, (B, M, 1): the less it tells, and the fewer it stands for.
+
+    What it tells is how much the class token looks at it. The paper takes the mean of all tokens; on trained networks this
+    changes the answer less (docs/adr/0012).
+
+    Args:
+        weights: of attention, all tokens to the patches, float32 (B, heads, N, M).
+        sizes: float32 (B, M, 1).
+
+    Source: Lee et al., Multi-criteria Token Fusion, CVPR 2024, section 3.1.
+    """
+    told = class_attention(weights).clamp(min=TINY).unsqueeze(-1)
+    return told**-INFORMATION * sizes**-SIZE
+
+
 # --- select ---
 
 
@@ -150,10 +168,31 @@ def bipartite_match(keys: Tensor, num_merged: int) -> TokenMatch:
 
     Source: Bolya et al., ICLR 2023, section 3.
     """
-    keys = torch.nn.functional.normalize(keys, dim=-1)
-    found, looking = keys[:, ::2], keys[:, 1::2]
+    return _likest_pairs(torch.nn.functional.normalize(keys, dim=-1), num_merged)
+
+
+def bipartite_match_by_criteria(patches: Tensor, ready: Tensor, num_merged: int) -> TokenMatch:
+    """As `bipartite_match`, by the product of likeness, from 0 to 1, and of both patches' readiness.
+
+    Args:
+        patches: float32 (B, M, D).
+        ready: float32 (B, M, 1), from `readiness`.
+
+    Raises:
+        ValueError: as there.
+
+    Source: Lee et al., CVPR 2024, section 3.1, with one matching, one way.
+    """
+    unit = torch.nn.functional.normalize(patches, dim=-1)
+    # One feature more, and the product is the cosine and one: twice the likeness.
+    return _likest_pairs(torch.cat([unit, torch.ones_like(ready)], dim=-1) * ready, num_merged)
+
+
+def _likest_pairs(features: Tensor, num_merged: int) -> TokenMatch:
+    """By their products."""
+    found, looking = features[:, ::2], features[:, 1::2]
     if num_merged > looking.shape[1]:
-        raise ValueError(f"at most {looking.shape[1]} of {keys.shape[1]} patches can be merged at once, not {num_merged}")
+        raise ValueError(f"at most {looking.shape[1]} of {features.shape[1]} patches can be merged at once, not {num_merged}")
     similarity, nearest = (looking @ found.transpose(1, 2)).max(dim=-1)
     sources, unmatched = top_k(similarity, num_merged)
     return TokenMatch(sources, unmatched, nearest.gather(1, sources))
@@ -240,6 +279,11 @@ def _tome(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: i
     return merge_matched(patches, sizes, bipartite_match(keys, patches.shape[1] - keep))
 
 
+def _mctf(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    match = bipartite_match_by_criteria(patches, readiness(weights, sizes), patches.shape[1] - keep)
+    return merge_matched(patches, sizes, match)
+
+
 def _evit(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     score = class_attention(weights)
     return fuse(patches, sizes, score, *top_k(score, keep - 1))
@@ -270,11 +314,13 @@ def _top_k_norm(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, k
 
 METHODS = {
     "tome": _tome,
+    "mctf": _mctf,
     "evit": _evit,
     "tps": _tps,
     "token_pooling": _token_pooling,
     "top_k_attention": _top_k_attention,
     "top_k_norm": _top_k_norm,
 }
-NEEDS_CLASS_TOKEN = {"evit", "tps", "top_k_attention"}
-PROPORTIONAL_ATTENTION = {"tome"}  # methods whose later blocks weigh a token's keys by its size
+NEEDS_CLASS_TOKEN = {"mctf", "evit", "tps", "top_k_attention"}
+MERGES_PAIRS = {"tome", "mctf"}  # so at most half of the patches at once
+PROPORTIONAL_ATTENTION = {"tome", "mctf"}  # methods whose later blocks weigh a token's keys by its size

@@ -74,7 +74,7 @@ def destinations(note: ReductionNote, tensors: Mapping[str, Array]) -> Array:
         case "tps":
             behind = np.clip(rank - note.keep, 0, note.patches - note.keep - 1)
             goes_to = np.where(rank < note.keep, rank, np.take_along_axis(tensors[note.nearest], behind, axis=1))
-        case "tome":  # odd patches look, even ones are found; those that look and go nowhere come first
+        case "tome" | "mctf":  # odd patches look, even ones are found; those that look and go nowhere come first
             num_looking, num_merged = note.patches // 2, note.patches - note.keep
             stay, rank = num_looking - num_merged, rank[:, :num_looking]
             goes_to = np.empty((len(order), note.patches), dtype=np.int64)

@@ -21,10 +21,11 @@ from exporters.candidates import Workshop
 from exporters.cli import app as exporter
 from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig, SearchConfig
 from exporters.optimize import Budget, Search, optimize
-from exporters.sources.base import AS_IT_IS, Asked, SourceError
+from exporters.sources.base import AS_IT_IS, Asked, Network, SourceError
 from exporters.sources.timm_vit import TimmSource
 from exporters.timing import Cost
 from models.manifest import ModelManifest
+from models.multi_exit import MultiExitViT
 from tests.app.http.served import check_answer, make_settings, running
 from tests.checkpoints import LABELS, checkpoint, write_checkpoint
 from tests.exporters.listener import Listener
@@ -82,13 +83,25 @@ def test_a_search_publishes_a_ladder(config: ExportConfig, tmp_path: Path) -> No
     card = (directory / "MODEL_CARD.md").read_text()
     assert f"other half, {variant.certificate.images} images, proves of them" in card
     assert "Nothing was fitted on the images" in card
-    assert any("this family ends here: tome leaves" in step for step in said.steps)
+    assert any("this family ends here: mctf leaves" in step for step in said.steps)
     assert any("balanced: " in step and "times the network as it came" in step for step in said.steps)
     assert sorted(path.name for path in (tmp_path / "work" / "candidate").iterdir()) == ["1", "2", "3", "5", "6"]
     receipt = json.loads((directory / "report.json").read_text())["receipt"]
     assert [point["point"] for point in receipt["points"]] == ["full", "balanced", "fast"]
     assert any("patches of 5 pixels" in tried["what"] for tried in receipt["tried"])
     assert "report.html" in manifest.files
+
+
+@pytest.mark.parametrize(("pooling", "method"), [("cls", "mctf"), ("mean", "tome")])
+def test_what_a_class_token_tells_is_used_where_there_is_one(pooling: str, method: str, config: ExportConfig) -> None:
+    """Unless a method is asked for."""
+    network = config.source.load()
+    assert isinstance(network, Network)
+    changed = replace(network.model.config, pooling=pooling)
+    network = replace(network, model=MultiExitViT(changed, (changed.depth,)))
+
+    assert [str(trial) for trial in Search().families(network, resizable=True)[0]] == [f"{method}:{n}%" for n in (85, 75, 65)]
+    assert str(Search(method="evit").families(network, resizable=False)[0][0]) == "evit:85%"
 
 
 def test_candidates_are_the_network_with_fewer_tokens(config: ExportConfig, tmp_path: Path) -> None:

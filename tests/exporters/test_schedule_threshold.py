@@ -71,6 +71,7 @@ def test_the_first_block_gives_what_nine_of_ten_images_can_spare(method: str, mo
 
     schedule = schedule_by_threshold(model, pixels, SPEC, method, threshold, CONFIG)
 
+    in_nine_of_ten = min(in_nine_of_ten, 8) if method == "mctf" else in_nine_of_ten  # half, the most there is to merge
     assert schedule.removed[0] == max(0, in_nine_of_ten - (method == "evit"))
     assert len(set(spare)) > 1
     assert schedule.removed[-1] == 0  # only the head is behind the last block, and it sees the class token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -72,12 +73,29 @@ def test_what_is_left_is_what_was_asked_for(method: str, keep: int) -> None:
     torch.testing.assert_close(alone.reduce(method, keep)[0], x[1:])
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "tps", "token_pooling"])
+@pytest.mark.parametrize("method", ["tome", "mctf", "evit", "tps", "token_pooling"])
 def test_methods_that_merge_keep_the_sum_of_sizes(method: str) -> None:
     """Every patch is in exactly one token."""
     block = Block()
     _, sizes = block.reduce(method, 7)
     torch.testing.assert_close(sizes.sum(dim=1), block.sizes.sum(dim=1))
+
+
+def merged_by_hand(block: Block, image: int, merged: int, score: Callable[[int, int], float]) -> list[tuple[Tensor, float]]:
+    """Odd patches look for the best of the even ones, and the best pairs of all are averaged by size."""
+    x, sizes, _ = block.patches(image)
+    sums = [token * size for token, size in zip(x, sizes, strict=True)]
+    edges = []
+    for looking in range(1, PATCHES, 2):
+        scores = {target: score(looking, target) for target in range(0, PATCHES, 2)}
+        target = max(scores, key=scores.__getitem__)
+        edges.append((scores[target], looking, target))
+    gone = set()
+    for _, looking, target in sorted(edges, reverse=True)[:merged]:
+        sums[target] = sums[target] + x[looking] * sizes[looking]
+        sizes[target] += sizes[looking]
+        gone.add(looking)
+    return [(sums[i] / sizes[i], sizes[i]) for i in range(PATCHES) if i not in gone]
 
 
 def test_tome_merges_the_likest_pairs_by_size() -> None:
@@ -86,20 +104,25 @@ def test_tome_merges_the_likest_pairs_by_size() -> None:
     found = block.reduce("tome", PATCHES - merged)
 
     for image in range(BATCH):
-        x, sizes, keys = block.patches(image)
-        sums = [token * size for token, size in zip(x, sizes, strict=True)]
-        edges = []
-        for looking in range(1, PATCHES, 2):
-            likeness = {target: cosine(keys[looking], keys[target]) for target in range(0, PATCHES, 2)}
-            target = max(likeness, key=likeness.__getitem__)
-            edges.append((likeness[target], looking, target))
-        gone = set()
-        for _, looking, target in sorted(edges, reverse=True)[:merged]:
-            sums[target] = sums[target] + x[looking] * sizes[looking] if looking not in gone else sums[target]
-            sizes[target] += sizes[looking]
-            gone.add(looking)
-        expected = [(sums[i] / sizes[i], sizes[i]) for i in range(PATCHES) if i not in gone]
+        _, _, keys = block.patches(image)
+        expected = merged_by_hand(block, image, merged, lambda i, j, keys=keys: cosine(keys[i], keys[j]))
         assert_same_tokens(found, image, PREFIX, expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mctf_merges_what_is_alike_tells_little_and_stands_for_few(seed: int) -> None:
+    """Lee et al., section 3.1: the product of the three criteria, each to the power of its temperature."""
+    block, merged = Block(seed=seed), 3
+    found = block.reduce("mctf", PATCHES - merged)
+
+    for image in range(BATCH):
+        x, sizes, _ = block.patches(image)
+        told = block.class_attention(image)
+
+        def weight(i: int, j: int, x: list[Tensor] = x, sizes: list[float] = sizes, told: list[float] = told) -> float:
+            return (cosine(x[i], x[j]) + 1) / 2 * (told[i] * told[j]) ** -(1 / 20) * (sizes[i] * sizes[j]) ** -(1 / 40)
+
+        assert_same_tokens(found, image, PREFIX, merged_by_hand(block, image, merged, weight))
 
 
 def test_evit_fuses_what_the_class_token_looks_at_least() -> None:
