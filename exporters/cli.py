@@ -94,6 +94,12 @@ def export(
             "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
+    recover: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="Folder or zip of photographs of anything: with fewer tokens it learns to answer as before."
+        ),
+    ] = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", help="A last exit that sees the mirror image too, for images that no other is sure of.")
     ] = False,
@@ -143,6 +149,7 @@ def export(
             qdq=qdq,
             fp16=fp16,
             reduction=reduce,
+            recovery=recover,
             mirror=mirror,
             quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_share=max_fp32_share / 100),
             exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
@@ -169,6 +176,7 @@ def export(
                     "--test": test,
                     "--also-classes": also_classes,
                     "--reduce": reduce,
+                    "--recover": recover,
                     "--boundaries": boundaries,
                     "--stages": stages,
                     "--image-size": image_size,

@@ -115,6 +115,7 @@ class ExportConfig:
     qdq: bool = False  # INT8 for OpenVINO too, as QDQ pairs
     fp16: bool = False  # for GPUs
     reduction: str | None = None  # a schedule as `exporters.reduction_schedule` reads it
+    recovery: Path | None = None  # photographs of anything, from which a reduced network learns its former answers again
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -67,15 +67,19 @@ def read_images(
     return ImageSet(np.stack(pixels), np.array(targets, dtype=np.int64), digest.hexdigest())
 
 
-def read_unlabelled(path: Path, spec: PreprocessSpec, progress: Progress = SILENT) -> ImageSet:
+def read_unlabelled(path: Path, spec: PreprocessSpec, progress: Progress = SILENT, *, most: int | None = None) -> ImageSet:
     """Read every file of a folder with its sub-folders, or of a zip archive; labels are -1.
+
+    Args:
+        most: where there are more files, so many of them, evenly spread over their names' order.
 
     Raises:
         ImageSetError: when there are none, or a file is not an image.
     """
     pixels, digest = [], hashlib.sha256()
     with _files(path, pattern="**/*") as files:
-        for name, read in progress.track(files, path.name):
+        count = len(files) if most is None else min(most, len(files))
+        for name, read in progress.track([files[index * len(files) // count] for index in range(count)], path.name):
             data = read()
             pixels.append(_load(name, data, spec))
             digest.update(data)

@@ -8,6 +8,7 @@ from exporters.graphs_export import export_of
 from exporters.images import count_images
 from exporters.mirror import Mirrored
 from exporters.recipe import check, vit_of
+from exporters.recovery import MAX_PHOTOS
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, wish_of
 from exporters.sources.base import Network
 from exporters.vit_export import ViTExport
@@ -45,6 +46,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
         "pictures": f"{resized} {spec.resize}, centre {spec.crop[0]} x {spec.crop[1]}, {spec.interpolation}",
         "stages": f"{len(with_mirror)}, of {', '.join(f'{stage.gmacs:.3g}' for stage in with_mirror)} billion multiply-adds",
         "token reduction": config.reduction or "none",
+        "recovered": _recovery(config),
         "tokens between them": ", ".join(tokens) or "none",
         "exits": "fitted" if not isinstance(network, Network) or network.has_exits else "heads are fitted first",
         "variants": ", ".join(name for name, wanted in wished.items() if wanted),
@@ -52,3 +54,10 @@ def plan(config: ExportConfig) -> dict[str, str]:
         "images": f"{counts[0]} to fit on, {counts[1]} to measure on",
         "goes to": f"{config.repository / config.name / str(config.version)}",
     }
+
+
+def _recovery(config: ExportConfig) -> str:
+    if config.recovery is None:
+        return "no"
+    count = min(MAX_PHOTOS, count_images(config.recovery, (), unlabelled=True))
+    return f"from {count} photographs of {config.recovery.name}"

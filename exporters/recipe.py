@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from exporters.publishing import AlreadyPublished, build_directory, checksums, p
 from exporters.receipt.examples import find_examples
 from exporters.receipt.measuring import Subject, measure
 from exporters.receipt.page import PAGE_FILE, as_page
+from exporters.recovery import recover_answers
 from exporters.reduction_schedule import apply_schedule, wish_of
 from exporters.reporting import FULL, FittedVariant, Images, provenance, report
 from exporters.schedule_search import schedule_of
@@ -92,7 +94,8 @@ def run(config: ExportConfig, progress: Progress = SILENT, *, images: Images | N
         if isinstance(network, Published) and images.test.sha256 == network.fitting_images_sha256:
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
-            full, schedule = _reduce(config, config.reduction, vit_of(network), images.fitting, build, progress)
+            full, schedule, learned = _reduce(config, config.reduction, vit_of(network), images.fitting, build, progress)
+            config = replace(config, training="; ".join([config.training, *learned]))
         unseen = _unseen_by_heads(network, len(images.fitting))
         exported = _exportable(config, network, images.fitting.pixels[~unseen], progress)
         first = network.variant if isinstance(network, Published) else FP32
@@ -158,6 +161,8 @@ def check(config: ExportConfig) -> None:
             "this CPU sums 8-bit products with saturation, so an INT8 variant could not be validated here: "
             "export on one with VNNI, or without INT8 (--no-int8)"
         )
+    if config.recovery is not None and config.reduction is None:
+        raise SourceError("there is nothing to recover: --recover goes with --reduce")
     if not re.fullmatch(NAME_PATTERN, config.name):
         raise SourceError(
             f"{config.name!r} is no name for a model: small letters, digits, dots, dashes and underscores, at most 64"
@@ -177,12 +182,26 @@ def vit_of(network: Loaded) -> Network:
 
 def _reduce(
     config: ExportConfig, reduction: str, network: Network, fitting: ImageSet, build: Path, progress: Progress
-) -> tuple[OrtBackend, str]:
-    """Reduces tokens in the network; what it was before, in fp32, and the schedule in words."""
+) -> tuple[OrtBackend, str, list[str]]:
+    """Reduces tokens in the network; what it was before, in fp32, the schedule, and what was learned since, in words."""
+    if config.recovery is not None and config.recovery.resolve() in _kept_for_figures(config, network):
+        raise ImageSetError(f"{config.recovery.name}: the network would know these images, and they are to say how good it is")
     schedule = schedule_of(network.model, reduction, fitting.pixels, network.preprocess, config.search, progress)
-    full = _unreduced(config, network, build)
+    full, learned = _unreduced(config, network, build), []
+    former = copy.deepcopy(network.model)
     apply_schedule(network.model, schedule)
-    return full, reduction if wish_of(reduction) is None else str(schedule)
+    if config.recovery is not None:
+        found = recover_answers(
+            network.model, former, config.recovery, network.preprocess, has_exits=network.has_exits, progress=progress
+        )
+        learned.append(found)
+    return full, reduction if wish_of(reduction) is None else str(schedule), learned
+
+
+def _kept_for_figures(config: ExportConfig, network: Network) -> set[Path]:
+    """Images that nothing may be learned from: those to measure on, and where exits are fitted, those too."""
+    kept = [config.test_images, *config.other_images.values()]
+    return {path.resolve() for path in (kept if network.num_stages == 1 else [*kept, config.calibration_images])}
 
 
 def _unseen_by_heads(network: Loaded, count: int) -> Array:

@@ -12,6 +12,7 @@ OWN_CGROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
 # x86: VNNI multiplies u8 by s8 and adds in 32 bits in one step. Arm: the dot-product extension does.
 EXACT_INT8_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last on Arm
 
 
 def num_cpus(cgroup_root: Path = CGROUP_ROOT, own_cgroup: Path = OWN_CGROUP) -> int:
@@ -31,16 +32,29 @@ def has_exact_int8(cpuinfo: Path = CPUINFO) -> bool:
     Older x86 (AVX2, AVX-512 without VNNI) adds pairs of products in 16 bits and saturates. Where the flags cannot be
     read the answer is no, except on Apple silicon, which always has the dot-product extension.
     """
+    flags = _flags(cpuinfo)
+    if flags is None:
+        return platform.system() == "Darwin" and platform.machine() == "arm64"
+    return bool(flags & EXACT_INT8_FLAGS)
+
+
+def has_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """True where products of bfloat16 are faster than those of float32; False where that cannot be told."""
+    return bool((_flags(cpuinfo) or set()) & BF16_FLAGS)
+
+
+def _flags(cpuinfo: Path) -> set[str] | None:
+    """What the CPU says it can do; None where it is not to be read."""
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return platform.system() == "Darwin" and platform.machine() == "arm64"
+        return None
     flags: set[str] = set()
     for line in text.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             flags.update(value.split())
-    return bool(flags & EXACT_INT8_FLAGS)
+    return flags
 
 
 def _cgroup_quota(root: Path, own_cgroup: Path) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.runtime.cpu import has_exact_int8, num_cpus
+from app.runtime.cpu import has_bf16, has_exact_int8, num_cpus
 
 HOST_CPUS = 16
 X86 = "processor\t: 0\nmodel name\t: Some CPU @ 2.00GHz\nflags\t\t: fpu sse2 avx2 avx512f {}\nbugs\t\t: avx_vnni\n\n"
@@ -122,3 +122,20 @@ def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None
     own.write_text("0::/docker/0123456789abcdef\n")
 
     assert num_cpus(tmp_path, own) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (X86.format("avx512_bf16"), True),
+        (X86.format("avx512_vnni"), False),
+        (ARM.format("bf16"), True),
+        (ARM.format(""), False),
+    ],
+)
+def test_bfloat16_is_used_where_the_cpu_has_it(tmp_path: Path, text: str, expected: bool) -> None:
+    """And not where it cannot be told."""
+    (tmp_path / "cpuinfo").write_text(text)
+
+    assert has_bf16(tmp_path / "cpuinfo") is expected
+    assert not has_bf16(tmp_path / "absent")
