@@ -38,6 +38,8 @@ class SearchConfig:
     """How a schedule of token reduction is found."""
 
     num_images: int = 64
+    first_images: int = 16  # of them, on which every candidate is tried
+    kept: float = 0.25  # of the candidates, tried on all
     covered: float = 0.9  # share of the images that lose nothing above a threshold
     tolerance: float = 0.05  # of the smallest change of the answer: as good, for which fewer reductions are preferred
 

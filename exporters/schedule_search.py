@@ -1,13 +1,16 @@
 """A schedule of token reduction found for one network: where tokens less cost least.
 
-Candidates are windows of blocks that all remove as many tokens, every one, every second or every third of them, as many as
-leave the multiply-adds that were asked for; the one that changes the network's own answer least is taken. A greedy choice,
-block by block, changed it more: what a first step costs says little of what many do together (docs/adr/0012).
+Candidates are windows of blocks, every one, every second or every third, that all remove as many tokens, or all the same share
+of those that are left, just enough to leave the multiply-adds that were asked for; the one that changes the network's own
+answer least is taken. A greedy choice, block by block, changed it more: what a first step costs says little of what many do
+together (docs/adr/0012).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,19 +85,29 @@ def search_schedule(
     candidates, lowest = _candidates(model, spec, method, share)
     if not candidates:
         raise ScheduleError(f"{method} leaves {100 * lowest:.0f} % of the multiply-adds at least, not {100 * share:.0f} %")
-    reference = _log_probabilities(model, chosen)
-    changes = {}
+    few = chosen[spread(len(chosen), config.first_images)]
+    changes = _changes(model, candidates, few, progress)
+    kept = sorted(candidates, key=changes.__getitem__)[: math.ceil(config.kept * len(candidates))]
+    changes = _changes(model, kept, chosen, progress)
+    # Each reduction takes time besides: the fewest of those that are as good as the best.
+    bound = (1 + config.tolerance) * min(changes.values())
+    good = [schedule for schedule in kept if changes[schedule] <= bound]
+    return min(good, key=lambda schedule: (sum(amount > 0 for amount in schedule.removed), changes[schedule]))
+
+
+def _changes(
+    model: MultiExitViT, schedules: Sequence[ReductionSchedule], pixels: Tensor, progress: Progress
+) -> dict[ReductionSchedule, float]:
+    """How much each changes the answers."""
+    reference, changes = _log_probabilities(model, pixels), {}
     try:
-        for schedule in progress.track(candidates, "searching a schedule"):
+        for schedule in progress.track(schedules, f"searching a schedule on {len(pixels)} images"):
             apply_schedule(model, schedule)
-            changes[schedule] = _change(reference, _log_probabilities(model, chosen))
+            changes[schedule] = _change(reference, _log_probabilities(model, pixels))
             clear_schedule(model)
     finally:
         clear_schedule(model)
-    # Each reduction takes time besides: the fewest of those that are as good as the best.
-    bound = (1 + config.tolerance) * min(changes.values())
-    good = [schedule for schedule in candidates if changes[schedule] <= bound]
-    return min(good, key=lambda schedule: (sum(amount > 0 for amount in schedule.removed), changes[schedule]))
+    return changes
 
 
 def _candidates(model: MultiExitViT, spec: PreprocessSpec, method: str, share: float) -> tuple[list[ReductionSchedule], float]:
@@ -112,23 +125,37 @@ def _candidates(model: MultiExitViT, spec: PreprocessSpec, method: str, share: f
             clear_schedule(model)
 
     depth, num_patches, found, lowest = model.config.depth, model.config.num_patches, {}, 1.0
-    for blocks in dict.fromkeys(_windows(depth)):
-        low, high = 0, num_patches  # tokens a block: too few, and enough or impossible
+    for blocks, shape in itertools.product(dict.fromkeys(_windows(depth)), (_as_many, _as_large_a_share)):
+        low, high = 0, num_patches  # tokens the first block removes: too few, and enough or impossible
         while high - low > 1:
             middle = (low + high) // 2
-            reached = left([middle * (number in blocks) for number in range(depth)])
+            reached = left(shape(blocks, middle, depth, num_patches))
             lowest = min(lowest, reached or 1.0)
             low, high = (middle, high) if reached is not None and reached > share else (low, middle)
-        removed = [high * (number in blocks) for number in range(depth)]
+        removed = shape(blocks, high, depth, num_patches)
         reached = left(removed)
         if reached is None or reached > share:
             continue
         for number in reversed(blocks):  # what is a little too much is given back
             fewer = [amount - (n == number) for n, amount in enumerate(removed)]
-            reached = left(fewer)
+            reached = left(fewer) if min(fewer) >= 0 else None
             removed = fewer if reached is not None and reached <= share else removed
         found[ReductionSchedule(method, tuple(removed), up_to=True).settled(num_patches)] = True
     return [*found], lowest
+
+
+def _as_many(blocks: tuple[int, ...], first: int, depth: int, num_patches: int) -> list[int]:
+    """Tokens each block of the network removes: every one of these as many as the first."""
+    return [first * (number in blocks) for number in range(depth)]
+
+
+def _as_large_a_share(blocks: tuple[int, ...], first: int, depth: int, num_patches: int) -> list[int]:
+    """The same, every one of these the share of the tokens it is given that the first takes of all."""
+    removed, count = [0] * depth, num_patches
+    for number in blocks:
+        removed[number] = count * first // num_patches
+        count -= removed[number]
+    return removed
 
 
 def _windows(depth: int) -> Iterator[tuple[int, ...]]:

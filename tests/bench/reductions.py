@@ -1,8 +1,9 @@
 """What INT8 and token reduction cost and save on trained ViTs, and where the time goes: docs/token-reduction.md.
 
     python -m tests.bench.reductions --network deit_tiny=WEIGHTS,CONFIG --labels FILE --folders FILE \\
-        --calibration DIR --test DIR --test DIR --reduce tome:24x6 --reduce tome:13
+        --calibration DIR --test DIR --test DIR --reduce mctf:60% --reduce mctf:50% --recover DIR
 
+With `--recover`, each schedule is measured a second time, with what was learned back from these photographs.
 The baseline of every ratio is the same network in fp32, with all its tokens, at its own best batch, in the same rounds. A
 DeiT-S with random weights is timed besides.
 """
@@ -26,6 +27,7 @@ from exporters.config import CalibrationConfig, QuantizationConfig, SearchConfig
 from exporters.evaluation import paired_loss
 from exporters.images import read_images
 from exporters.progress import SILENT
+from exporters.recovery import recover_answers
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
 from exporters.schedule_search import find_schedule
 from exporters.sensitivity import last_logits
@@ -43,6 +45,7 @@ from tests.bench.report import write_section
 from tests.families import as_if_trained
 
 ALL = "all tokens"
+RECOVERED = ", recovered"
 HEADER = (
     "| variant | tokens removed, block by block | ms an image (batch) | times fp32 | top-1 | lost, 95 % interval "
     "| agrees with fp32 |\n"
@@ -78,6 +81,8 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, action="append", required=True)
     parser.add_argument("--reduce", action="append", default=[])
+    parser.add_argument("--reduce-small", action="append", default=[], help="the DeiT-S, block by block")
+    parser.add_argument("--recover", type=Path, help="photographs to learn from, none of them a test image")
     parser.add_argument("--target-agreement", type=float, default=QuantizationConfig().target_agreement)
     parser.add_argument("--max-fp32-share", type=float, default=QuantizationConfig().max_fp32_share)
     parser.add_argument("--rounds", type=int, default=9)
@@ -91,6 +96,8 @@ def main() -> int:
         f"--target-agreement {args.target_agreement:g}",
         f"--max-fp32-share {args.max_fp32_share:g}",
         *(f"--reduce {each}" for each in args.reduce),
+        *(f"--reduce-small {each}" for each in args.reduce_small),
+        *(["--recover …"] if args.recover else []),
     ]
     told = facts(ROOT) | {"Command": f"`python -m tests.bench.reductions … {' '.join(asked)}`"}
     parts = ["", *(f"- {key}: {value}" for key, value in told.items()), ""]
@@ -103,8 +110,8 @@ def main() -> int:
         images = Images(
             sets[0].pixels, np.concatenate([s.pixels for s in sets[1:]]), np.concatenate([s.labels for s in sets[1:]])
         )
-        parts.append(_section(name, source, images, args.reduce, quantization, args.rounds, console))
-    parts.append(_deit_small(args.reduce, args.rounds, console))
+        parts.append(_section(name, source, images, args.reduce, args.recover, quantization, args.rounds, console))
+    parts.append(_deit_small(args.reduce_small, args.rounds, console))
     write_section(args.output, "\n".join(parts) + "\n")
     return 0
 
@@ -114,6 +121,7 @@ def _section(
     source: TimmSource,
     images: Images,
     schedules: Sequence[str],
+    photos: Path | None,
     quantization: QuantizationConfig,
     rounds: int,
     console: Console,
@@ -121,7 +129,7 @@ def _section(
     """A trained network: accuracy, time, operators, stages."""
     network = source.load()
     model, spec = network.model, network.preprocess
-    graphs = _graphs(model, spec, images.calibration, schedules, quantization, console)
+    graphs = _graphs(model, spec, images.calibration, schedules, photos, quantization, console)
     times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, images.test, rounds=rounds)
     reference = last_logits([graphs["fp32"].model], images.test).argmax(axis=1)
     rows = [HEADER]
@@ -142,7 +150,7 @@ def _section(
         rows.append(f"| {' | '.join(cells)} |")
         console.print(rows[-1], highlight=False)
     kept = "; ".join(f"{key}: {graph.kept_fp32}" for key, graph in graphs.items() if graph.kept_fp32)
-    chosen = {key: graph for key, graph in graphs.items() if key.startswith("fp32") or ALL in key or "int8" in key}
+    chosen = {key: graph for key, graph in graphs.items() if not key.endswith(RECOVERED)}  # the same operators
     profile = profile_table(
         {key: graph.model for key, graph in chosen.items()},
         {key: graph.gmacs for key, graph in chosen.items()},
@@ -178,32 +186,35 @@ def _graphs(
     spec: PreprocessSpec,
     pixels: Array,
     schedules: Sequence[str],
+    photos: Path | None,
     quantization: QuantizationConfig,
     console: Console,
 ) -> dict[str, Graph]:
-    """fp32 with all tokens, then INT8 with all of them and with each schedule."""
+    """fp32 with all tokens, then INT8 with all of them and with each schedule, and with what is learned back."""
     exported = ViTExport(model, spec)
     (fp32,), (stage,) = exported.graphs(), exported.stages()
     found = {"fp32": Graph(fp32, "", "", stage.gmacs)}
-    for text in (None, *schedules):
-        network = copy.deepcopy(model)
-        removed = ""
-        if text is not None:
-            wish = wish_of(text)
-            config = network.config
-            schedule = (
-                ReductionSchedule.parse(text, config.depth, config.num_patches)
-                if wish is None
-                else find_schedule(network, pixels, spec, wish, SearchConfig())
-            )
-            apply_schedule(network, schedule)
-            removed = ", ".join(map(str, schedule.removed))
-        reduced = ViTExport(network, spec)
-        (stage,) = reduced.stages()
-        asked = quantization if text is None else replace(quantization, target_agreement=0.0)  # with fewer tokens, speed
-        int8 = reduced.quantized(pixels, CalibrationConfig(num_images=256), asked, SILENT)
-        found[f"int8, {text or ALL}"] = Graph(int8.graphs[0], removed, int8.kept_fp32, stage.gmacs)
-        console.print(f"{text or ALL}: {removed or 'no schedule'}; in fp32: {int8.kept_fp32}", highlight=False)
+    calibration = CalibrationConfig(num_images=256)
+    int8 = exported.quantized(pixels, calibration, quantization, SILENT)
+    found[f"int8, {ALL}"] = Graph(int8.graphs[0], "", int8.kept_fp32, stage.gmacs)
+    console.print(f"{ALL}; in fp32: {int8.kept_fp32}", highlight=False)
+    for text in schedules:
+        network, config = copy.deepcopy(model), model.config
+        schedule = (
+            ReductionSchedule.parse(text, config.depth, config.num_patches)
+            if (wish := wish_of(text)) is None
+            else find_schedule(network, pixels, spec, wish, SearchConfig())
+        )
+        apply_schedule(network, schedule)
+        removed = ", ".join(map(str, schedule.removed))
+        for learned in [""] if photos is None else ["", RECOVERED]:
+            if learned and photos is not None:
+                console.print(recover_answers(network, model, photos, spec, has_exits=False), highlight=False)
+            reduced = ViTExport(network, spec)
+            (stage,) = reduced.stages()
+            int8 = reduced.quantized(pixels, calibration, replace(quantization, target_agreement=0.0), SILENT)
+            found[f"int8, {text}{learned}"] = Graph(int8.graphs[0], removed, int8.kept_fp32, stage.gmacs)
+            console.print(f"{text}{learned}: {removed}; in fp32: {int8.kept_fp32}", highlight=False)
     return found
 
 
@@ -216,8 +227,7 @@ def _deit_small(schedules: Sequence[str], rounds: int, console: Console) -> str:
     model = MultiExitViT(ViTConfig(224, 16, 384, 12, 6, 1000, mlp_ratio=4.0, pooling="cls"), (12,)).eval()
     as_if_trained(model, lambda: None)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), dtype=np.uint8)
-    said = [text for text in schedules if wish_of(text) is None]
-    graphs = _graphs(model, spec, pixels, said, QuantizationConfig(target_agreement=0.0), console)
+    graphs = _graphs(model, spec, pixels, schedules, None, QuantizationConfig(target_agreement=0.0), console)
     times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, pixels, rounds=rounds)
     rows = [
         "## DeiT-S, random weights: time alone",

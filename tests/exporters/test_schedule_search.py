@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from exporters.config import SearchConfig
 from exporters.reduction_schedule import ReductionSchedule, ScheduleError, apply_schedule, clear_schedule
-from exporters.schedule_search import search_schedule
+from exporters.schedule_search import _as_large_a_share, _as_many, _candidates, search_schedule
 from exporters.staging import stage_specs
 from exporters.validation import normalised
 from models.multi_exit import MultiExitViT
@@ -80,6 +80,18 @@ def test_far_fewer_tokens_are_reached_with_what_each_block_can_give(model: Multi
     assert change(model, pixels, found)[1] <= 0.4
     assert found.settled(16) == found  # no block is asked for more than half of what it has
     assert ReductionSchedule("tome", (8, 8, 8), up_to=True).settled(16) == ReductionSchedule("tome", (8, 4, 2))
+
+
+def test_equally_many_and_equal_shares_of_what_is_left_are_tried(model: MultiExitViT, pixels: np.ndarray) -> None:
+    """Of 16 patches a third each time; all that is tried saves what was asked for, and hardly more."""
+    candidates, _ = _candidates(model, SPEC, "tome", 0.75)
+    shares = [change(model, pixels, schedule)[1] for schedule in candidates]
+
+    assert _as_many((1, 3), 4, 6, 16) == [0, 4, 0, 4, 0, 0]
+    assert _as_large_a_share((1, 2, 4), 5, 6, 16) == [0, 5, 3, 0, 2, 0]
+    assert any(len({*schedule.removed} - {0}) > 2 for schedule in candidates)
+    assert all(0.65 < share <= 0.75 for share in shares)
+    assert len({*candidates}) == len(candidates)
 
 
 def test_a_method_that_cannot_work_is_told_by_its_reason(pixels: np.ndarray) -> None:
