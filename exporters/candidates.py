@@ -25,6 +25,7 @@ from exporters.images import ImageSet
 from exporters.progress import Progress
 from exporters.published import one_thread
 from exporters.publishing import build_directory, publish
+from exporters.recovery import recover_answers
 from exporters.reduction_schedule import apply_schedule
 from exporters.schedule_search import schedule_of
 from exporters.sensitivity import affordable, every_exit, last_logits, most_sensitive, without
@@ -38,6 +39,7 @@ from models.manifest import ModelManifest
 
 CANDIDATE = "candidate"
 MADE_FROM = "candidate_made_from"  # in their provenance
+TRAINING = "training"  # likewise: what was learned since, in words
 FP32, INT8, MIXED = recipe.FP32, recipe.INT8, recipe.MIXED
 KEPT_SHARE = 0.1  # of the multiply-adds: what the latter leaves in fp32
 ATOL = 1e-3  # of a logit between the fp32 graph and PyTorch
@@ -73,6 +75,7 @@ class Workshop:
     folder: Path
     fitting: ImageSet
     progress: Progress
+    photos: ImageSet | None = None  # of anything: what candidates learn the network's answers from
 
     def make(self, trial: Trial, number: int, worth: Worth) -> StoredModel | None:
         """Made now, or found as an earlier search left it, whatever its budget; None where it is not worth INT8.
@@ -111,6 +114,9 @@ class Workshop:
             )
             apply_schedule(network.model, schedule)
             told["token_reduction"] = str(schedule)
+        if self.photos is not None and not trial.as_it_came:
+            former = recipe.vit_of(self.config.source.load()).model
+            told[TRAINING] = recover_answers(network.model, former, self.photos, network.preprocess, progress=self.progress)
         exported = ViTExport(network.model, network.preprocess)
         fp32 = exported.graphs()
         self._compare(exported, fp32, reduced=trial.reduction is not None)
@@ -140,6 +146,8 @@ class Workshop:
         told = (str(trial), network.weights_sha256, network.preprocess, network.model.config, config.int8)
         digest = hashlib.sha256(repr((*told, config.calibration, config.quantization, config.search)).encode())
         digest.update(self.fitting.pixels.tobytes())
+        if self.photos is not None and not trial.as_it_came:
+            digest.update(self.photos.sha256.encode())
         return digest.hexdigest()
 
     def _check(self, made_from: str | None, wanted: str) -> None:

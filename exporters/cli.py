@@ -27,6 +27,7 @@ from exporters.options import (
     FastDrop,
     Fp32Share,
     MaxDrop,
+    Recover,
     Score,
     bound_of,
     lines,
@@ -94,12 +95,7 @@ def export(
             "find a schedule, for a share of the work or a threshold."
         ),
     ] = None,
-    recover: Annotated[
-        Path | None,
-        typer.Option(
-            exists=True, help="Folder or zip of photographs of anything: with fewer tokens it learns to answer as before."
-        ),
-    ] = None,
+    recover: Recover = None,
     mirror: Annotated[
         bool, typer.Option("--mirror", help="A last exit that sees the mirror image too, for images that no other is sure of.")
     ] = False,

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from app.exits import ExitPolicy
+from app.repository.store import ModelStore
 from app.runtime.backend import Backend
 from app.runtime.cpu import num_cpus
 from app.runtime.ort_backend import OrtBackend
 from app.types import Array, FloatArray
 from exporters import recipe
-from exporters.candidates import CANDIDATE, Trial, Workshop, default_patch_sizes
+from exporters.candidates import CANDIDATE, TRAINING, Trial, Workshop, default_patch_sizes
 from exporters.certificate import LIMITS
 from exporters.config import Chosen, ExportConfig, Tried
 from exporters.evaluation import logits_per_exit
@@ -32,6 +33,7 @@ from exporters.images import ImageSet
 from exporters.ladder import Answers, Found, Route, choose, pareto_row
 from exporters.progress import SILENT, Progress
 from exporters.published import one_thread
+from exporters.recovery import photos_to_learn_from
 from exporters.reduction_schedule import ScheduleError
 from exporters.reporting import Images
 from exporters.risk_control import Risk
@@ -131,13 +133,14 @@ def optimize(
         SourceError: the folder holds candidates made of something else, or nothing faster keeps what is to be kept.
         AlreadyPublished, ScheduleError, ImageSetError, WeightsError, ValidationError: as `exporters.recipe.run`.
     """
-    recipe.check(config)
+    recipe.check(replace(config, recovery=None))
     network = recipe.vit_of(config.source.load())
     if network.num_stages > 1:
         raise SourceError("a ladder is made of whole graphs: no --boundaries, and no network with exits of its own")
     progress.step("reading images")
     images = recipe.read_sets(config, network, progress, of_a_search=True)
-    workshop = Workshop(config, work, images.fitting, progress)
+    photos = photos_to_learn_from(config, network, progress, of_a_search=True)
+    workshop = Workshop(config, work, images.fitting, progress, photos)
     graphs = _tried(config, search.families(network, resizable=workshop.resizable), workshop, images)
     return _publish(config, graphs, images, work, budget or Budget(), progress)
 
@@ -218,6 +221,8 @@ def _publish(
     measured = tuple(Tried(_ways(route, graphs), route.ms, route.loss) for route in everything)
     exits = replace(_chosen(config, found, used, temperatures, images, risk), tried=measured)
     source = CascadeSource(work, tuple(graphs[index].part for index in used))
+    learned = _learned(work, [graphs[index] for index in used])
+    config = replace(config, training="; ".join([config.training, *learned]), recovery=None)
     return recipe.run(replace(config, source=source, int8=False, chosen=exits, receipt=True), progress, images=images)
 
 
@@ -270,6 +275,13 @@ def _numbers(route: Route) -> tuple[int, ...]:
 
 def _ways(route: Route, graphs: Sequence[_Graph]) -> str:
     return " then ".join(str(graphs[number]) for number in _numbers(route))
+
+
+def _learned(work: Path, graphs: Sequence[_Graph]) -> list[str]:
+    """What the stages learned since the network came, for the card."""
+    manifests = [ModelStore(work).open(each.part.name, each.part.version).manifest for each in graphs]
+    told = [manifest.provenance.get(TRAINING) for manifest in manifests]
+    return [f"stage {number}: {said}" for number, said in enumerate(told) if said is not None]
 
 
 def _as_text(found: Found, graphs: Sequence[_Graph]) -> str:

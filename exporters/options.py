@@ -57,6 +57,12 @@ Confidence = Annotated[
         help="Percent, with which that is proved where there are images enough: half of them are set apart. 0: not proved.",
     ),
 ]
+Recover = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, help="Folder or zip of photographs of anything: with fewer tokens it learns to answer as before."
+    ),
+]
 
 
 def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:

@@ -34,7 +34,7 @@ from exporters.publishing import AlreadyPublished, build_directory, checksums, p
 from exporters.receipt.examples import find_examples
 from exporters.receipt.measuring import Subject, measure
 from exporters.receipt.page import PAGE_FILE, as_page
-from exporters.recovery import recover_answers
+from exporters.recovery import photos_to_learn_from, recover_answers
 from exporters.reduction_schedule import apply_schedule, wish_of
 from exporters.reporting import FULL, FittedVariant, Images, provenance, report
 from exporters.schedule_search import schedule_of
@@ -184,24 +184,17 @@ def _reduce(
     config: ExportConfig, reduction: str, network: Network, fitting: ImageSet, build: Path, progress: Progress
 ) -> tuple[OrtBackend, str, list[str]]:
     """Reduces tokens in the network; what it was before, in fp32, the schedule, and what was learned since, in words."""
-    if config.recovery is not None and config.recovery.resolve() in _kept_for_figures(config, network):
-        raise ImageSetError(f"{config.recovery.name}: the network would know these images, and they are to say how good it is")
+    photos = photos_to_learn_from(config, network, progress)
     schedule = schedule_of(network.model, reduction, fitting.pixels, network.preprocess, config.search, progress)
     full, learned = _unreduced(config, network, build), []
     former = copy.deepcopy(network.model)
     apply_schedule(network.model, schedule)
-    if config.recovery is not None:
+    if photos is not None:
         found = recover_answers(
-            network.model, former, config.recovery, network.preprocess, has_exits=network.has_exits, progress=progress
+            network.model, former, photos, network.preprocess, has_exits=network.has_exits, progress=progress
         )
         learned.append(found)
     return full, reduction if wish_of(reduction) is None else str(schedule), learned
-
-
-def _kept_for_figures(config: ExportConfig, network: Network) -> set[Path]:
-    """Images that nothing may be learned from: those to measure on, and where exits are fitted, those too."""
-    kept = [config.test_images, *config.other_images.values()]
-    return {path.resolve() for path in (kept if network.num_stages == 1 else [*kept, config.calibration_images])}
 
 
 def _unseen_by_heads(network: Loaded, count: int) -> Array:

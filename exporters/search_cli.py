@@ -20,6 +20,7 @@ from exporters.options import (
     Confidence,
     FastDrop,
     MaxDrop,
+    Recover,
     Score,
     bound_of,
     numbered,
@@ -116,6 +117,7 @@ def optimize(
         str | None,
         typer.Option(help="Pixels of larger patches, which are fewer tokens too, smallest first; none: 0; unset: three sizes."),
     ] = None,
+    recover: Recover = None,
     int8: Annotated[bool, typer.Option(help="Candidates in INT8, where this CPU has it exactly.")] = True,
     max_latency_ms: Annotated[
         float | None, typer.Option(min=0, help="Of an image alone, on one thread, through every graph that it may pass.")
@@ -144,9 +146,12 @@ def optimize(
             unlabelled=unlabelled,
             folders=numbered(folders),
             int8=int8,
+            recovery=recover,
             exits=ExitConfig(max_accuracy_drop=max_drop / 100),
             bound=bound_of(max_drop, confidence),
             fast_drop=fast_drop / 100,
+            data="not stated",
+            training="not stated",
             command=repeated(
                 {
                     "--model": model,
@@ -156,6 +161,7 @@ def optimize(
                     "--method": method,
                     "--shares": None if shares == SHARES else shares,
                     "--patch-sizes": patch_sizes,
+                    "--recover": recover,
                     "--max-latency-ms": max_latency_ms,
                     "--target-throughput": target_throughput,
                     "--checkpoint": None if checkpoint is None else Path(checkpoint),

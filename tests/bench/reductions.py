@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 
 from app.types import Array
-from exporters.config import CalibrationConfig, QuantizationConfig, SearchConfig
+from exporters.config import CalibrationConfig, ExportConfig, QuantizationConfig, SearchConfig
 from exporters.evaluation import paired_loss
-from exporters.images import read_images
+from exporters.images import ImageSet, read_images
 from exporters.progress import SILENT
-from exporters.recovery import recover_answers
+from exporters.recovery import photos_to_learn_from, recover_answers
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, wish_of
 from exporters.schedule_search import find_schedule
 from exporters.sensitivity import last_logits
@@ -110,7 +110,11 @@ def main() -> int:
         images = Images(
             sets[0].pixels, np.concatenate([s.pixels for s in sets[1:]]), np.concatenate([s.labels for s in sets[1:]])
         )
-        parts.append(_section(name, source, images, args.reduce, args.recover, quantization, args.rounds, console))
+        photos = None
+        if args.recover is not None:
+            told_by = ExportConfig(name, source, args.calibration, args.test[0], ROOT, 1, recovery=args.recover)
+            photos = photos_to_learn_from(told_by, network)
+        parts.append(_section(name, source, images, args.reduce, photos, quantization, args.rounds, console))
     parts.append(_deit_small(args.reduce_small, args.rounds, console))
     write_section(args.output, "\n".join(parts) + "\n")
     return 0
@@ -121,7 +125,7 @@ def _section(
     source: TimmSource,
     images: Images,
     schedules: Sequence[str],
-    photos: Path | None,
+    photos: ImageSet | None,
     quantization: QuantizationConfig,
     rounds: int,
     console: Console,
@@ -186,7 +190,7 @@ def _graphs(
     spec: PreprocessSpec,
     pixels: Array,
     schedules: Sequence[str],
-    photos: Path | None,
+    photos: ImageSet | None,
     quantization: QuantizationConfig,
     console: Console,
 ) -> dict[str, Graph]:
@@ -209,7 +213,7 @@ def _graphs(
         removed = ", ".join(map(str, schedule.removed))
         for learned in [""] if photos is None else ["", RECOVERED]:
             if learned and photos is not None:
-                console.print(recover_answers(network, model, photos, spec, has_exits=False), highlight=False)
+                console.print(recover_answers(network, model, photos, spec), highlight=False)
             reduced = ViTExport(network, spec)
             (stage,) = reduced.stages()
             int8 = reduced.quantized(pixels, calibration, replace(quantization, target_agreement=0.0), SILENT)

@@ -20,6 +20,7 @@ from exporters import optimize as module
 from exporters.candidates import Workshop
 from exporters.cli import app as exporter
 from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig, SearchConfig
+from exporters.images import ImageSetError
 from exporters.optimize import Budget, Search, optimize
 from exporters.sources.base import AS_IT_IS, Asked, Network, SourceError
 from exporters.sources.timm_vit import TimmSource
@@ -29,7 +30,7 @@ from models.multi_exit import MultiExitViT
 from tests.app.http.served import check_answer, make_settings, running
 from tests.checkpoints import LABELS, checkpoint, write_checkpoint
 from tests.exporters.listener import Listener
-from tests.images import make_archive, make_jpeg
+from tests.images import make_archive, make_jpeg, photo
 
 SEARCH = Search(shares=(0.95, 0.85, 0.5))  # two blocks cannot leave so little as the last
 
@@ -170,6 +171,30 @@ def test_an_interrupted_search_goes_on(config: ExportConfig, tmp_path: Path, mon
     fewer = replace(again, version=4, search=SearchConfig(num_images=8))
     with pytest.raises(SourceError, match="candidates of another network, other images or other settings"):
         optimize(fewer, SEARCH, tmp_path / "broken")
+
+
+def test_candidates_learn_the_answers_of_the_network_as_it_came(config: ExportConfig, tmp_path: Path) -> None:
+    """Merged and with larger patches; the card says from what, and no photograph tells how good it is that was learned from."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(70):
+        (photos / f"{number}.jpg").write_bytes(make_jpeg(photo(24, 20, seed=number)))
+    learning = replace(config, recovery=photos)
+    said = Listener()
+    directory = optimize(learning, SEARCH, tmp_path / "work", said)
+
+    made = [ModelManifest.load(tmp_path / "work" / "candidate" / str(number)).provenance for number in (1, 2, 5, 6)]
+    assert "training" not in made[0]
+    assert all("learned its former answers from 70 photographs" in each["training"] for each in made[1:])
+    assert sum("learning the former answers from 70 photographs" in step for step in said.steps) == 4
+    told = ModelManifest.load(directory).provenance["training"]
+    assert "stage 0: with fewer tokens it learned its former answers from 70 photographs (sha256 " in told
+    assert told in (directory / "MODEL_CARD.md").read_text()
+    with pytest.raises(SourceError, match="candidates of another network, other images or other settings"):
+        optimize(replace(config, version=2), SEARCH, tmp_path / "work")
+    for what in ("calibration_images", "test_images"):
+        with pytest.raises(ImageSetError, match="the network would know these images"):
+            optimize(replace(config, version=2, recovery=getattr(config, what)), SEARCH, tmp_path / "other")
 
 
 def test_what_cannot_be_kept_is_refused_with_what_is_nearest(config: ExportConfig, tmp_path: Path) -> None:
