@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from exporters.graph_writer import GraphWriter, ReductionNote
 from models.slow_fast import REMEMBERED
@@ -56,9 +57,8 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
     method, keep, count = reduction.method, reduction.keep, patches.count
     match method:
         case "tome" | "mctf":
-            by_keys = method == "tome"
-            features = _normalised(graph, patches.mean_keys(graph)) if by_keys else _by_criteria(graph, patches)
-            return _merge_likest(graph, method, patches, features, count - keep)
+            likeness = _of_keys(graph, patches) if method == "tome" else _by_criteria(graph, patches)
+            return _merge_likest(graph, method, patches, likeness, count - keep)
         case "evit":
             score, order = _sorted(graph, patches.class_attention(graph), count)
             graph.note(ReductionNote(method, count, keep, order))
@@ -153,23 +153,38 @@ def _normalised(graph: GraphWriter, x: str) -> str:
     return graph.node("LpNormalization", x, axis=-1, p=2)
 
 
+def _of_keys(graph: GraphWriter, patches: Patches) -> str:
+    """Bolya et al., ICLR 2023, section 3: cosine of the keys of every second patch and of the others, (B, M // 2, ·)."""
+    return _products(graph, _normalised(graph, patches.mean_keys(graph)), patches.count)
+
+
 def _by_criteria(graph: GraphWriter, patches: Patches) -> str:
-    """Lee et al., CVPR 2024, section 3.1: features whose products are likeness and both patches' readiness, (B, M, D + 1)."""
+    """Lee et al., CVPR 2024, section 3.1: the product of likeness and both patches' readiness, likewise.
+
+    With readiness r it is (cosine + 1) r r', so patches are divided by their length as r is multiplied in, and no copy of them
+    is made for the 1.
+    """
     told = graph.node("Max", patches.class_attention(graph), graph.scalar("tiny", TINY))
     ready = graph.node("Pow", told, graph.scalar("information", -INFORMATION))
     ready = graph.node("Unsqueeze", ready, graph.constant([-1]))
     if patches.sizes:
         ready = graph.node("Mul", ready, graph.node("Pow", patches.sizes, graph.scalar("size", -SIZE)))
-    unit = _normalised(graph, patches.tokens)
-    return graph.node("Mul", graph.node("Pad", unit, graph.constant([0, 0, 0, 0, 0, 1]), graph.scalar("one", 1)), ready)
+    length = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=1)
+    factor = graph.node("Div", ready, graph.node("Max", length, graph.scalar("tiny", TINY)))
+    cosines = _products(graph, graph.node("Mul", patches.tokens, factor), patches.count)
+    return graph.node("Add", cosines, _products(graph, ready, patches.count))
 
 
-def _merge_likest(graph: GraphWriter, method: str, patches: Patches, features: str, num_merged: int) -> tuple[str, str]:
-    """Bolya et al., ICLR 2023, section 3: the pairs of the largest products of features (B, M, d)."""
+def _products(graph: GraphWriter, features: str, count: int) -> str:
+    """Of every second patch and the others, (B, count // 2, (count + 1) // 2)."""
+    found, looking = _halves(graph, features, count)
+    return graph.node("MatMul", looking, graph.node("Transpose", found, perm=[0, 2, 1]))
+
+
+def _merge_likest(graph: GraphWriter, method: str, patches: Patches, similarity: str, num_merged: int) -> tuple[str, str]:
+    """Bolya et al., ICLR 2023, section 3: the pairs that are most alike, by (B, M // 2, (M + 1) // 2)."""
     count = patches.count
     num_found, num_looking = (count + 1) // 2, count // 2
-    found_features, looking_features = _halves(graph, features, count)
-    similarity = graph.node("MatMul", looking_features, graph.node("Transpose", found_features, perm=[0, 2, 1]))
     best = graph.node("ReduceMax", similarity, graph.constant([-1]), keepdims=0)
     nearest = graph.node("ArgMax", similarity, axis=-1, keepdims=0)
     _, order = _sorted(graph, best, num_looking)
@@ -178,17 +193,26 @@ def _merge_likest(graph: GraphWriter, method: str, patches: Patches, features: s
     graph.note(ReductionNote(method, count, count - num_merged, order, nearest))
     put = _put(graph, take(graph, nearest, sources), num_found)  # (B, found, r)
 
-    # The size is one more feature, so that one product moves both.
+    found = graph.slice(patches.tokens, 0, count, axis=1, step=2)
+    merged, left = (take(graph, patches.tokens, _odd(graph, each)) for each in (sources, unmatched))
     if patches.sizes:
-        weighted = graph.node("Mul", patches.tokens, patches.sizes)
-        both = graph.node("Concat", weighted, patches.sizes, axis=-1)
+        before = graph.slice(patches.sizes, 0, count, axis=1, step=2)
+        brought, kept = (take(graph, patches.sizes, _odd(graph, each)) for each in (sources, unmatched))
+        put = graph.node("Mul", put, graph.node("Transpose", brought, perm=[0, 2, 1]))
     else:
-        both = graph.node("Pad", patches.tokens, graph.constant([0, 0, 0, 0, 0, 1]), graph.scalar("one", 1))
-    found, looking = _halves(graph, both, count)
-    total = graph.node("Add", found, graph.node("MatMul", put, take(graph, looking, sources)))
-    left = graph.node("Concat", take(graph, looking, unmatched), total, axis=1)
-    sizes = graph.slice(left, -1, np.iinfo(np.int64).max, axis=2)
-    return graph.node("Div", graph.slice(left, 0, -1, axis=2), sizes), sizes
+        before = graph.scalar("one", 1)
+        is_one = graph.node("GreaterOrEqual", unmatched, graph.constant([0]))
+        kept = graph.node("Unsqueeze", graph.node("Cast", is_one, to=TensorProto.FLOAT), graph.constant([-1]))
+    # A mean weighted by size; the weights are divided by their sum, for they are fewer than the features.
+    now = graph.node("Add", before, graph.node("ReduceSum", put, graph.constant([-1]), keepdims=1))
+    of_found = graph.node("Mul", found, graph.node("Div", before, now))
+    total = graph.node("Add", of_found, graph.node("MatMul", graph.node("Div", put, now), merged))
+    return graph.node("Concat", left, total, axis=1), graph.node("Concat", kept, now, axis=1)
+
+
+def _odd(graph: GraphWriter, index: str) -> str:
+    """Which patch the one is of every second, int64."""
+    return graph.node("Add", graph.node("Mul", index, graph.constant([2])), graph.constant([1]))
 
 
 def _halves(graph: GraphWriter, x: str, count: int) -> tuple[str, str]:
