@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from exporters.sources.base import Source
@@ -132,3 +132,7 @@ class ExportConfig:
     data: str = ""  # one sentence on the training data, for the model card
     training: str = ""  # one sentence on the training, for the model card
     command: str = ""  # that made it
+
+    def having_learned(self, said: Sequence[str]) -> ExportConfig:
+        """With that in the card, and no more to learn."""
+        return replace(self, training="; ".join(filter(None, [self.training, *said])), recovery=None)

@@ -222,7 +222,7 @@ def _publish(
     exits = replace(_chosen(config, found, used, temperatures, images, risk), tried=measured)
     source = CascadeSource(work, tuple(graphs[index].part for index in used))
     learned = _learned(work, [graphs[index] for index in used])
-    config = replace(config, training="; ".join([config.training, *learned]), recovery=None)
+    config = config.having_learned(learned)
     return recipe.run(replace(config, source=source, int8=False, chosen=exits, receipt=True), progress, images=images)
 
 

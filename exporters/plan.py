@@ -8,7 +8,7 @@ from exporters.graphs_export import export_of
 from exporters.images import count_images
 from exporters.mirror import Mirrored
 from exporters.recipe import check, vit_of
-from exporters.recovery import MAX_PHOTOS
+from exporters.recovery import MAX_PHOTOS, check_photos
 from exporters.reduction_schedule import ReductionSchedule, apply_schedule, check_method, wish_of
 from exporters.sources.base import Network
 from exporters.vit_export import ViTExport
@@ -24,6 +24,7 @@ def plan(config: ExportConfig) -> dict[str, str]:
     network = config.source.load()
     if config.reduction is not None:
         model = vit_of(network).model
+        check_photos(config, vit_of(network))
         if (wish := wish_of(config.reduction)) is not None:
             check_method(model, wish.method)
         else:

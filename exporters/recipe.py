@@ -95,7 +95,7 @@ def run(config: ExportConfig, progress: Progress = SILENT, *, images: Images | N
             raise ImageSetError(f"the exits of {network.origin} were fitted on these test images: measure on others")
         if config.reduction is not None:
             full, schedule, learned = _reduce(config, config.reduction, vit_of(network), images.fitting, build, progress)
-            config = replace(config, training="; ".join([config.training, *learned]))
+            config = config.having_learned(learned)
         unseen = _unseen_by_heads(network, len(images.fitting))
         exported = _exportable(config, network, images.fitting.pixels[~unseen], progress)
         first = network.variant if isinstance(network, Published) else FP32

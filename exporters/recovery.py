@@ -35,17 +35,32 @@ def photos_to_learn_from(
     """
     if config.recovery is None:
         return None
+    check_photos(config, network, of_a_search=of_a_search)
     path, size = config.recovery, round(LARGER * network.model.config.image_size)
-    kept = [config.test_images, *config.other_images.values()]
-    if of_a_search or network.num_stages > 1:
-        kept.append(config.calibration_images)
-    if path.resolve() in {each.resolve() for each in kept}:
-        raise ImageSetError(f"{path.name}: the network would know these images, and they are to say how good it is")
     larger = network.preprocess.model_copy(update={"resize": size, "crop": (size, size), "layout": "uint8_nhwc"})
     found = read_unlabelled(path, larger, progress, most=MAX_PHOTOS)
     if len(found) < (least := RecoveryConfig().min_photos):
         raise ImageSetError(f"{path.name}: {len(found)} photographs are too few to learn from; {least} or more are needed")
     return found
+
+
+def check_photos(config: ExportConfig, network: Network, *, of_a_search: bool = False) -> None:
+    """What can be known of the photographs before they are read; as `photos_to_learn_from`.
+
+    Raises:
+        ImageSetError: images that are to say how good the network is are among them.
+    """
+    if config.recovery is None:
+        return
+    kept = [config.test_images, *config.other_images.values()]
+    if of_a_search or network.num_stages > 1:
+        kept.append(config.calibration_images)
+    photos = config.recovery.resolve()
+    for path in (each.resolve() for each in kept):
+        if path.is_relative_to(photos) or photos.is_relative_to(path):
+            raise ImageSetError(
+                f"{photos.name}: the network would know images of {path.name}, and they are to say how good it is"
+            )
 
 
 def recover_answers(

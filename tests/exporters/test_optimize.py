@@ -188,12 +188,12 @@ def test_candidates_learn_the_answers_of_the_network_as_it_came(config: ExportCo
     assert all("learned its former answers from 70 photographs" in each["training"] for each in made[1:])
     assert sum("learning the former answers from 70 photographs" in step for step in said.steps) == 4
     told = ModelManifest.load(directory).provenance["training"]
-    assert "stage 0: with fewer tokens it learned its former answers from 70 photographs (sha256 " in told
+    assert told.startswith("stage 0: with fewer tokens it learned its former answers from 70 photographs (sha256 ")
     assert told in (directory / "MODEL_CARD.md").read_text()
     with pytest.raises(SourceError, match="candidates of another network, other images or other settings"):
         optimize(replace(config, version=2), SEARCH, tmp_path / "work")
     for what in ("calibration_images", "test_images"):
-        with pytest.raises(ImageSetError, match="the network would know these images"):
+        with pytest.raises(ImageSetError, match="the network would know images of"):
             optimize(replace(config, version=2, recovery=getattr(config, what)), SEARCH, tmp_path / "other")
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from exporters import recipe
 from exporters.cli import app as exporter
 from exporters.images import ImageSetError
+from exporters.plan import plan
 from exporters.recovery import in_words
 from exporters.sources.base import SourceError
 from models.manifest import ModelManifest
@@ -54,8 +55,19 @@ def test_nothing_is_learned_from_the_images_that_tell_how_good_it_is(
     changed = {"other_images": {"more": photos}} if what == "other_images" else {what: photos}
     config = replace(config, **changed, unlabelled=what != "other_images", other_folders={"0": 0, "1": 1, "2": 2})
 
-    with pytest.raises(ImageSetError, match="photos: the network would know these images"):
+    with pytest.raises(ImageSetError, match="photos: the network would know images of photos"):
         recipe.run(config)
+
+
+@pytest.mark.parametrize("nearer", ["photos", "measured"])
+def test_nor_from_a_folder_that_holds_them_or_lies_in_them(nearer: str, inputs: Path, photos: Path, tmp_path: Path) -> None:
+    """Told by a plan, too."""
+    inside = photos / "0"
+    recovery, measured = (inside, photos) if nearer == "photos" else (photos, inside)
+    config = replace(make_config(inputs, tmp_path / "repository"), reduction="tome:4x3", recovery=recovery)
+
+    with pytest.raises(ImageSetError, match=f"would know images of {measured.name}"):
+        plan(replace(config, test_images=measured, unlabelled=True))
 
 
 def test_too_few_and_none_to_recover_are_said(inputs: Path, photos: Path, tmp_path: Path) -> None:
