@@ -23,6 +23,7 @@ from app.assembly import open_service
 from app.errors import InvalidImage, ServiceError
 from app.http.errors import describe_validation
 from app.http.schemas import answer_body
+from app.imaging.decode import SUFFIXES
 from app.loaded_model import LoadedModel
 from app.log import configure
 from app.metrics import Metrics, create_registry
@@ -36,7 +37,6 @@ cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 out = Console()
 err = Console(stderr=True)
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 Repository = Annotated[Path | None, typer.Option(help="Model repository; unset: FOVEA_REPOSITORY__ROOT, or the embedded one.")]
 
 
@@ -214,7 +214,7 @@ def _say_where(url: str) -> None:
 def _images(paths: list[Path]) -> Iterator[Path]:
     for path in paths:
         if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            yield from sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         else:
             yield path
 

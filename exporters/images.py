@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from app.errors import RequestError
+from app.imaging.decode import SUFFIXES
 from app.imaging.preprocess import Pixels, load_pixels
 from app.types import Array
 from exporters.progress import SILENT, Progress
@@ -48,7 +49,7 @@ def read_images(
     folders: Mapping[str, int] | None = None,
     progress: Progress = SILENT,
 ) -> ImageSet:
-    """Read `<class>/<file>` from a folder or a zip archive, in the order of names.
+    """Read `<class>/<file>` from a folder or a zip archive, in the order of names; files named like no image are passed over.
 
     Args:
         folders: where given, the class of each folder; folders it does not name are passed over. Else folders are labels.
@@ -57,7 +58,7 @@ def read_images(
         ImageSetError: when there are none, a class is unknown, or a file is not an image.
     """
     pixels, targets, digest = [], [], hashlib.sha256()
-    with _files(path) as files:
+    with _files(path, progress=progress) as files:
         chosen = _labelled(path, files, labels, folders)
         for name, read, target in progress.track(chosen, path.name):
             data = read()
@@ -68,7 +69,7 @@ def read_images(
 
 
 def read_unlabelled(path: Path, spec: PreprocessSpec, progress: Progress = SILENT, *, most: int | None = None) -> ImageSet:
-    """Read every file of a folder with its sub-folders, or of a zip archive; labels are -1.
+    """Read a folder with its sub-folders, or a zip archive; labels are -1. Files named like no image are passed over.
 
     Args:
         most: where there are more files, so many of them, evenly spread over their names' order.
@@ -77,7 +78,7 @@ def read_unlabelled(path: Path, spec: PreprocessSpec, progress: Progress = SILEN
         ImageSetError: when there are none, or a file is not an image.
     """
     pixels, digest = [], hashlib.sha256()
-    with _files(path, pattern="**/*") as files:
+    with _files(path, pattern="**/*", progress=progress) as files:
         count = len(files) if most is None else min(most, len(files))
         for name, read in progress.track([files[index * len(files) // count] for index in range(count)], path.name):
             data = read()
@@ -142,13 +143,26 @@ def _load(name: str, data: bytes, spec: PreprocessSpec) -> Pixels:
 
 
 @contextmanager
-def _files(path: Path, pattern: str = "*/*") -> Iterator[list[File]]:
-    """Names and how to read them, while the block runs."""
+def _files(path: Path, *, pattern: str = "*/*", progress: Progress = SILENT) -> Iterator[list[File]]:
+    """Names and how to read them, while the block runs; hidden ones are not spoken of."""
     if path.is_dir():
-        found = sorted(entry for entry in path.glob(pattern) if entry.is_file() and not entry.name.startswith("."))
-        yield [(f"{file.parent.name}/{file.name}", file.read_bytes) for file in found]
+        entries = sorted(entry for entry in path.glob(pattern) if entry.is_file() and not entry.name.startswith("."))
+        yield _named_like_images([(f"{file.parent.name}/{file.name}", file.read_bytes) for file in entries], progress)
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            yield [(name, partial(archive.read, name)) for name in sorted(archive.namelist()) if not name.endswith("/")]
+            names = [name for name in sorted(archive.namelist()) if not name.endswith("/")]
+            shown = [name for name in names if not PurePosixPath(name).name.startswith(".")]
+            yield _named_like_images([(name, partial(archive.read, name)) for name in shown], progress)
     else:
         raise ImageSetError(f"{path} is neither a folder nor a zip archive")
+
+
+def _named_like_images(files: Sequence[File], progress: Progress) -> list[File]:
+    """Those with a suffix of images or none at all; of others it is told how many there are."""
+    found = [file for file in files if PurePosixPath(file[0]).suffix.lower() in {*SUFFIXES, ""}]
+    if len(found) < len(files):
+        kept = {name for name, _ in found}
+        others = [name for name, _ in files if name not in kept]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        progress.step(f"not named like an image, so passed over: {others[0]}{more}")
+    return found

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporters.images import ImageSetError, classes_by_folder, read_images
+from exporters.images import ImageSetError, classes_by_folder, count_images, read_images, read_unlabelled
+from exporters.progress import Progress
 from models.zoo import ZOO
 from tests.images import make_jpeg, photo
 
@@ -32,6 +33,39 @@ def test_a_folder_and_a_zip_of_it_give_the_same(tmp_path: Path) -> None:
     assert folder.labels.tolist() == [3, 5, 5]
     assert np.array_equal(folder.pixels, zipped.pixels)
     assert folder.sha256 == zipped.sha256
+
+
+class Told(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_what_is_not_named_like_an_image_is_passed_over(tmp_path: Path, zipped: bool) -> None:
+    """A README, a table: told, and not counted either; a file without a suffix is an image like any other."""
+    files = {"cat/1.JPEG": make_jpeg(), "cat/0c7a": make_jpeg(), "cat/README.md": b"cats", "dog/credits.csv": b"a,b"}
+    path = tmp_path / ("set.zip" if zipped else "set")
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in [*files.items(), ("__MACOSX/cat/._1.JPEG", b"no image")]:
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    told, told_again = Told(), Told()
+
+    labelled = read_images(path, ENTRY.labels, ENTRY.preprocess, progress=told)
+    unlabelled = read_unlabelled(path, ENTRY.preprocess, told_again)
+
+    assert labelled.labels.tolist() == [3, 3]
+    assert len(unlabelled) == count_images(path, ENTRY.labels) == count_images(path, ENTRY.labels, unlabelled=True) == 2
+    assert told.steps == told_again.steps == ["not named like an image, so passed over: cat/README.md and 1 more"]
 
 
 @pytest.mark.parametrize(
