@@ -111,7 +111,12 @@ class ExitPolicy:
         return softmax(logits, self._exits[stage].temperature)
 
     def decide(
-        self, stage: int, logits: FloatArray, point: int | Sequence[int] = 0, history: History | None = None
+        self,
+        stage: int,
+        logits: FloatArray,
+        point: int | Sequence[int] = 0,
+        history: History | None = None,
+        probabilities: FloatArray | None = None,
     ) -> tuple[npt.NDArray[np.bool_], FloatArray]:
         """Which images leave after this stage.
 
@@ -120,6 +125,7 @@ class ExitPolicy:
             logits: float32 (B, C).
             point: the operating point of all images, or of each.
             history: with this exit's answers, where the policy is `patient`.
+            probabilities: of these logits by this exit, where they are known already.
 
         Returns:
             leave: bool (B,); confidence: the exit's score, float32 (B,).
@@ -127,7 +133,8 @@ class ExitPolicy:
         Source of patience: Zhou et al., BERT Loses Patience, NeurIPS 2020; with the probability for those who agree alike.
         """
         spec = self._exits[stage]
-        probabilities = softmax(logits, spec.temperature)
+        if probabilities is None:
+            probabilities = self.probabilities(stage, logits)
         if spec.score != PATIENCE:
             confidence = SCORES[spec.score](probabilities)
         elif history is None:

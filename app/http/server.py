@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -91,6 +92,7 @@ class _DrainingServer(uvicorn.Server):
             gc.collect()
             gc.freeze()
             gc.set_threshold(GC_THRESHOLD)
+            _leave_cores_to_instances()
             if not self.should_exit:  # a signal came while it loaded
                 self._on_ready()
 
@@ -156,6 +158,13 @@ class _DrainingServer(uvicorn.Server):
         finally:
             for sig, handler in previous.items():
                 signal.signal(sig, handler)
+
+
+def _leave_cores_to_instances() -> None:
+    """Have this thread not push one that computes off its core, every time that something comes (docs/adr/0021)."""
+    if hasattr(os, "SCHED_BATCH"):  # Linux
+        with suppress(OSError):  # a container may forbid it: then it is as it was
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 @contextmanager

@@ -53,9 +53,9 @@ def decode_cost(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, i
 
 
 def plain_jpeg_cost(data: bytes, num_channels: int, sides: tuple[int, int]) -> int:
-    """The same of what `app.imaging.plain_jpeg` decodes to these sides: as it comes, as Pillow stores it, and averaged."""
+    """The same of what `app.imaging.plain_jpeg` decodes to these sides: as Pillow stores it, and averaged."""
     stored = 1 if num_channels == 1 else 4
-    return _FIXED_BYTES + len(data) + (num_channels + stored + 1) * sides[0] * sides[1]
+    return _FIXED_BYTES + len(data) + (stored + 1) * sides[0] * sides[1]
 
 
 def jpeg_segments(data: bytes) -> Iterator[re.Match[bytes]]:

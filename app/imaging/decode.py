@@ -91,7 +91,7 @@ class Picture:
     geometry is computed from `size`, or the rounding would shift the crop.
     """
 
-    image: Image.Image  # mode RGB, or L where the file is grey: three times cheaper to resize
+    image: Image.Image  # mode RGB or RGBX, or L where the file is grey: three times cheaper to resize
     size: tuple[int, int]  # width, height at full scale, upright
     scale: float = 1.0
     turn: Turn | None = None  # what makes it upright: done last, when it is small
@@ -203,8 +203,10 @@ def _open_plain_jpeg(
         if pixels is None:
             yield None
             return
-        image = Image.fromarray(pixels)
-        del pixels  # a copy of which is the image
+        mode, (height, width) = "L" if pixels.ndim == 2 else "RGBX", pixels.shape[:2]
+        # Not a copy: to make one asks for the interpreter lock once more.
+        image = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+        del pixels  # the image keeps them, until it is closed
         try:
             yield _picture(image, head.size, scale, _UPRIGHT.get(head.orientation))
         finally:

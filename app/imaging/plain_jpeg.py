@@ -72,7 +72,9 @@ def read_head(data: bytes) -> PlainJpeg | None:
 
 
 def decode_plain_jpeg(data: bytes, head: PlainJpeg, scale: int) -> NDArray[np.uint8] | None:
-    """Its pixels at 1 / scale: uint8 (H, W, 3) in RGB, or (H, W) where it is grey. None: it is broken.
+    """Its pixels at 1 / scale: uint8 (H, W, 4), RGB and a byte without meaning, or (H, W) where it is grey. None: it is broken.
+
+    So does Pillow store them, and can take these for its own.
 
     Args:
         data: a file of which `read_head` gave `head`.
@@ -82,7 +84,7 @@ def decode_plain_jpeg(data: bytes, head: PlainJpeg, scale: int) -> NDArray[np.ui
         MemoryError: there is none for the pixels.
     """
     width, height = head.sides(scale)
-    colours = "GRAY" if head.num_channels == 1 else "RGB"
+    colours = "GRAY" if head.num_channels == 1 else "RGBX"
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
     except ValueError:  # also where libjpeg had only a warning: whether it is bearable is Pillow's to say

@@ -71,7 +71,9 @@ class StagedPipeline:
         self._ways = [_way(policy, point, jumps) for point, jumps in enumerate(self._jumps)]
         self._needed = [[_needed(way, stage) for stage in range(policy.num_stages)] for way in self._ways]
         self._decode_s = self._decode_weight = 0.0  # sums in which old images count less
-        self._rules = Rules(policy, input_name, self._next_stage, self._least_s, self._goes_on, self._join, self._report)
+        self._rules = Rules(
+            policy, input_name, self._next_stage, self._compute_s, self._mean_decode_s, self._goes_on, self._join, self._report
+        )
         self._metrics = [_StageMetrics(metrics, model, stage) for stage in range(policy.num_stages)]
         self._queues: list[deque[WorkItem]] = [deque() for _ in range(policy.num_stages)]
         self._turns = [0] * policy.num_stages  # of each queue, when a batch was last taken from it
@@ -289,7 +291,7 @@ class StagedPipeline:
         """Whether the loop may hear of it with the rest of the trip: every wake costs those who wait for an instance."""
         if report.handed_on or report.deferred or not any(self._queues):
             return False
-        if self._compute_s(trip.stage, trip.aboard[0], len(trip.aboard)) > HOLD_S:
+        if self._compute_s(trip.stage, trip.aboard[0].point, len(trip.aboard)) > HOLD_S:
             return False
         soon = time.perf_counter() + 2 * TELL_EVERY_S
         return all(item.deadline > soon for item, _ in report.answered)
@@ -297,14 +299,12 @@ class StagedPipeline:
     def _next_stage(self, item: WorkItem, stage: int) -> int:
         return self._jumps[item.point][stage]
 
-    def _least_s(self, stage: int, item: WorkItem, images: int, to_decode: int = 0) -> float:
-        if item.deadline == math.inf:
-            return 0.0
-        return to_decode * self.mean_decode_s + self._compute_s(stage, item, images)
+    def _mean_decode_s(self) -> float:
+        return self.mean_decode_s
 
-    def _compute_s(self, stage: int, item: WorkItem, images: int) -> float:
-        """What an item needs at least from a stage on, in a batch of so many."""
-        return sum(self.costs.run_s(needed, images) for needed in self._needed[item.point][stage])
+    def _compute_s(self, stage: int, point: int, images: int) -> float:
+        """What an image needs at least from a stage on, in a batch of so many."""
+        return sum([self.costs.run_s(needed, images) for needed in self._needed[point][stage]])
 
     def _goes_on(self, stage: int, item: WorkItem, images: int) -> bool:
         queue = self._queues[stage]

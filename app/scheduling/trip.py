@@ -53,7 +53,8 @@ class Rules:
 
     Args:
         next_stage: where an item goes that is to go on to this stage.
-        least_s: seconds that an item needs at least from a stage on, in a batch of so many, so many of them not decoded yet.
+        compute_s: seconds that an image needs at least from a stage on, at its operating point and in a batch of so many.
+        decode_s: seconds that decoding an image takes.
         goes_on: whether survivors, of whom this is one, go straight on to a stage, so many of them, or are batched anew.
         join: those who wait for a stage that so many go on to, and come along.
         report: tells the event loop, and returns at once.
@@ -62,7 +63,8 @@ class Rules:
     policy: ExitPolicy
     input_name: str
     next_stage: Callable[[WorkItem, int], int]
-    least_s: Callable[[int, WorkItem, int, int], float]
+    compute_s: Callable[[int, int, int], float]
+    decode_s: Callable[[], float]
     goes_on: Callable[[int, WorkItem, int], bool]
     join: Callable[[int, int], list[WorkItem]]
     report: Callable[[Trip, list[Report]], None]
@@ -133,16 +135,21 @@ class Trip:
         """Whoever has gone, cannot be done in time, is no image, or takes too long to decode stays behind."""
         report, stage = Report(None), self.stage
         self._reports.append(report)
-        count, to_decode = len(self.aboard), sum(item.undecoded is not None for item in self.aboard)
-        boarded, decodes = [], to_decode > 0
-        for item in self.aboard:
-            undecoded = item.undecoded
-            wanted = not self._left(report, stage, item) and self._in_time(report, stage, item, count, to_decode)
-            if wanted and (undecoded is None or self._decode(item, undecoded, report)):
-                boarded.append(item)
-            to_decode -= undecoded is not None
-        if decodes:  # which may have taken longer than it does as a rule
-            boarded = [item for item in boarded if self._in_time(report, stage, item, len(boarded))]
+        to_decode = sum(item.undecoded is not None for item in self.aboard)
+        if not to_decode:
+            boarded = self._in_time(report, stage, [item for item in self.aboard if not self._left(report, stage, item)])
+        else:
+            needed = self._needed(stage, len(self.aboard))
+            decode_s, boarded = self._rules.decode_s(), []
+            for item in self.aboard:
+                undecoded = item.undecoded
+                if not self._left(report, stage, item):
+                    if time.perf_counter() + to_decode * decode_s + needed(item.point) > item.deadline:
+                        report.expired.append((stage, item))
+                    elif undecoded is None or self._decode(item, undecoded, report):
+                        boarded.append(item)
+                to_decode -= undecoded is not None
+            boarded = self._in_time(report, stage, boarded)  # decoding may have taken longer than it does as a rule
         self.aboard = boarded
         if boarded and report.departures:
             self._rules.report(self, self._reports)
@@ -178,10 +185,10 @@ class Trip:
         if policy.patient:
             history = with_answers(np.array([item.history for item in aboard]), output.logits)
         with np.errstate(invalid="ignore"):  # rows that are not finite fail below, without a warning for the batch
-            leave, confidence = policy.decide(stage, output.logits, [item.point for item in aboard], history)
             probabilities = policy.probabilities(stage, output.logits)
-        finite: Array = np.asarray(np.isfinite(output.logits).all(axis=-1))
-        leaving = leave.tolist()
+            leave, scores = policy.decide(stage, output.logits, [item.point for item in aboard], history, probabilities)
+        finite: list[bool] = np.asarray(np.isfinite(output.logits).all(axis=-1)).tolist()
+        leaving, confidence = leave.tolist(), scores.tolist()
         groups: dict[int, list[int]] = {}  # rows, by the stage they go on to
         for row, item in enumerate(aboard):
             if item.abandoned:
@@ -189,7 +196,7 @@ class Trip:
             elif not finite[row]:
                 report.failed.append((item, InferenceFailed(f"the model gave no finite answer at stage {stage}")))
             elif leaving[row]:
-                exit_ = ExitInfo(stage=stage, num_stages=policy.num_stages, confidence=float(confidence[row]))
+                exit_ = ExitInfo(stage=stage, num_stages=policy.num_stages, confidence=confidence[row])
                 result = PipelineResult(probabilities[row], exit_, tuple(item.queue_s), tuple(item.compute_s), item.decode_s)
                 report.answered.append((item, result))
             else:
@@ -219,20 +226,21 @@ class Trip:
         if not staying:
             self.aboard = []
             return None
-        kept = [row for row in staying if self._in_time(report, stage, aboard[row], len(staying))]
-        waiting = rules.join(stage, len(kept))
+        on_board = self._in_time(report, stage, [aboard[row] for row in staying])
+        waiting = rules.join(stage, len(on_board))
         self.aboard = [*aboard, *waiting]  # none is forgotten, should anything fail from here on
-        joined = [
-            item for item in waiting if not self._left(report, stage, item) and self._in_time(report, stage, item, len(staying))
-        ]
-        if len(kept) == len(aboard) and not joined:
+        joined = [item for item in waiting if not self._left(report, stage, item)]
+        if joined:
+            joined = self._in_time(report, stage, joined, len(staying))
+        if len(on_board) == len(aboard) and not joined:
             self.stage, self.aboard = stage, aboard
             return state
+        kept = staying if len(on_board) == len(staying) else [row for row in staying if aboard[row] in on_board]
         inputs = {name: value[kept] for name, value in state.items()}
         if joined:
             company = _stack(joined)
             inputs = {name: np.concatenate([value, company[name]]) for name, value in inputs.items()}
-        self.stage, self.aboard = stage, [aboard[row] for row in kept] + joined
+        self.stage, self.aboard = stage, on_board + joined
         return inputs
 
     def _left(self, report: Report, stage: int, item: WorkItem) -> bool:
@@ -241,11 +249,27 @@ class Trip:
             report.skipped.append((stage, item))
         return gone
 
-    def _in_time(self, report: Report, stage: int, item: WorkItem, images: int, to_decode: int = 0) -> bool:
-        if time.perf_counter() + self._rules.least_s(stage, item, images, to_decode) <= item.deadline:
-            return True
-        report.expired.append((stage, item))
-        return False
+    def _in_time(self, report: Report, stage: int, items: Sequence[WorkItem], images: int = 0) -> list[WorkItem]:
+        """Those who can be done with a stage before their deadlines, in a batch of so many; unset: of themselves."""
+        now, needed = time.perf_counter(), self._needed(stage, images or len(items))
+        in_time = []
+        for item in items:
+            if now + needed(item.point) <= item.deadline:
+                in_time.append(item)
+            else:
+                report.expired.append((stage, item))
+        return in_time
+
+    def _needed(self, stage: int, images: int) -> Callable[[int], float]:
+        """What an image needs at least from a stage on, by its operating point: looked up once for a batch."""
+        known: dict[int, float] = {}
+
+        def needed(point: int) -> float:
+            if point not in known:
+                known[point] = self._rules.compute_s(stage, point, images)
+            return known[point]
+
+        return needed
 
 
 def too_late() -> DeadlineExceeded:

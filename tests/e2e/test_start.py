@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.servers import MODEL, ROOT, Server
 from tests.fakes import PATIENCE_S
 
@@ -57,3 +59,15 @@ def test_a_damaged_artefact(tiny_repository: Path, tmp_path: Path) -> None:
 def test_a_bad_setting(tiny_repository: Path) -> None:
     """By the name a stranger finds in the table of settings."""
     assert_refused(start(tiny_repository, HTTP__MAX_UPLOAD_BYTES="lots"), "settings:", "http.max_upload_bytes", "integer")
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone knows threads that push nobody off a core")
+def test_the_loop_leaves_cores_to_instances(tiny_repository: Path, tmp_path: Path) -> None:
+    """Its thread, the process's first, is scheduled as a batch job; those that compute are not."""
+    with Server(tiny_repository, tmp_path / "log", RUNTIME__INSTANCES=2) as server:
+        process = server.process.pid
+        policies = {int(task.name): os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{process}/task").iterdir()}
+        server.stop()
+
+    assert policies.pop(process) == os.SCHED_BATCH
+    assert list(policies.values()).count(os.SCHED_OTHER) >= 2

@@ -51,6 +51,11 @@ def frame_changed(offset: int, value: int) -> bytes:
     return bytes(data)
 
 
+def seen(pixels: np.ndarray) -> np.ndarray:
+    """Without the byte that says nothing."""
+    return pixels if pixels.ndim == 2 else pixels[..., :3]
+
+
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -75,7 +80,7 @@ def test_the_pixels_are_pillows(mode: str, options: dict[str, Any], least: int |
     pixels = decode_plain_jpeg(data, head, head.scale(least))
 
     assert pixels is not None
-    assert np.array_equal(by_pillow(data, least), pixels)
+    assert np.array_equal(by_pillow(data, least), seen(pixels))
 
 
 def test_every_scale_is_taken() -> None:
@@ -104,7 +109,7 @@ def test_of_broken_files_it_reads_only_what_pillow_reads_alike(file: int) -> Non
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 image = JpegImageFile(BytesIO(broken))
-                assert np.array_equal(np.asarray(image), pixels)
+                assert np.array_equal(np.asarray(image), seen(pixels))
                 assert image.getexif().get(0x0112, 1) == head.orientation
     assert read > 20
 
@@ -172,7 +177,7 @@ def test_a_plain_file_is_read_past_pillow(monkeypatch: pytest.MonkeyPatch) -> No
     budget = DecodeBudget(7 * 2**20)  # for one at a time
 
     with open_picture(data, max_pixels=10**6, budget=budget) as plain:
-        assert np.array_equal(by_pillow(data), np.asarray(plain.image))
+        assert np.array_equal(by_pillow(data), seen(np.asarray(plain.image)))
         assert not opened
     with open_picture(bytes(bearable), max_pixels=10**6, budget=budget) as picture:
         assert np.array_equal(by_pillow(bytes(bearable)), np.asarray(picture.image))
