@@ -81,7 +81,7 @@ def select_layers(
         ranges = gentler
         chosen = [dict(stage) for stage in ranges]
         reached = agreement(chosen)
-    if reached >= config.target_agreement:
+    if reached >= config.target_agreement or not config.max_fp32_share:
         return Selection(chosen, (), reached)
     kept: list[str] = []
     spent = looked_at = 0.0  # in fp32 now, and when it was last asked how well that agrees

@@ -96,6 +96,24 @@ def test_what_costs_little_is_tried_before_layers_are_left_out(pixels: np.ndarra
     assert all(each.outliers == (3,) for stage in further.ranges for name, each in stage.items() if "fc1" in name)
 
 
+def test_without_a_share_no_layer_is_tried_alone(pixels: np.ndarray) -> None:
+    """What costs little is still taken; three networks are built, however many layers they have."""
+    model = network()
+    ranges = ranges_of(model, pixels)
+    gentler = [{name: replace(each, outliers=(3,)) for name, each in stage.items()} for stage in ranges]
+    built: list[Ranges] = []
+
+    def build(chosen: Ranges) -> list[onnx.ModelProto]:
+        built.append(chosen)
+        return stage_graphs(model, SPEC, ranges=chosen)
+
+    asked = replace(CONFIG, target_agreement=1.01, max_fp32_share=0.0)
+    found = select_layers(build, ranges, pixels, asked, gentler=gentler)
+
+    assert found.ranges == gentler
+    assert (found.kept_fp32, len(built)) == ((), 3)
+
+
 def test_there_is_a_limit_to_what_stays_fp32(pixels: np.ndarray) -> None:
     """A target out of reach leaves the most sensitive layers in fp32 and says how far that went."""
     model = network()
