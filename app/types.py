@@ -1,6 +1,7 @@
 """What travels between modules, and what scheduling knows of a runtime. Times in seconds.
 
-What is made for every image and has no name that tuples have is one: a frozen dataclass takes three times as long to make.
+What is made for every image is a named tuple: a frozen dataclass takes 0.5 µs to make instead of 0.2. `LabelScore` cannot be
+one: it has an `index`, and so have tuples.
 """
 
 from __future__ import annotations

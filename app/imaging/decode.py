@@ -38,7 +38,8 @@ from app.imaging.plain_jpeg import PlainJpeg, decode_plain_jpeg, read_head
 _PLUGINS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "TIFF": "TIFF", "BMP": "BMP", "AVIF": "AVIF"}
 _OPTIONAL = {"WEBP": "webp", "AVIF": "avif"}  # a Pillow may be built without them
 FORMATS = {name: title for name, title in _PLUGINS.items() if name not in _OPTIONAL or features.check(_OPTIONAL[name])}
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})  # in lower case
+# In lower case.
+SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 ACCEPTED = ", ".join([*FORMATS.values()][:-1]) + " or " + [*FORMATS.values()][-1]
 
 DRAFT_FACTOR = 2  # a reduced JPEG keeps at least this many times `min_side` (docs/adr/0008)

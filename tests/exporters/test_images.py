@@ -48,7 +48,13 @@ class Told(Progress):
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
 def test_what_is_not_named_like_an_image_is_passed_over(tmp_path: Path, zipped: bool) -> None:
     """A README, a table: told, and not counted either; a file without a suffix is an image like any other."""
-    files = {"cat/1.JPEG": make_jpeg(), "cat/0c7a": make_jpeg(), "cat/README.md": b"cats", "dog/credits.csv": b"a,b"}
+    files = {
+        "cat/1.JPEG": make_jpeg(),
+        "cat/0c7a": make_jpeg(),
+        "cat/2.jfif": make_jpeg(),
+        "cat/README.md": b"cats",
+        "dog/credits.csv": b"a,b",
+    }
     path = tmp_path / ("set.zip" if zipped else "set")
     if zipped:
         with zipfile.ZipFile(path, "w") as archive:
@@ -63,8 +69,8 @@ def test_what_is_not_named_like_an_image_is_passed_over(tmp_path: Path, zipped: 
     labelled = read_images(path, ENTRY.labels, ENTRY.preprocess, progress=told)
     unlabelled = read_unlabelled(path, ENTRY.preprocess, told_again)
 
-    assert labelled.labels.tolist() == [3, 3]
-    assert len(unlabelled) == count_images(path, ENTRY.labels) == count_images(path, ENTRY.labels, unlabelled=True) == 2
+    assert labelled.labels.tolist() == [3, 3, 3]
+    assert len(unlabelled) == count_images(path, ENTRY.labels) == count_images(path, ENTRY.labels, unlabelled=True) == 3
     assert told.steps == told_again.steps == ["not named like an image, so passed over: cat/README.md and 1 more"]
 
 
