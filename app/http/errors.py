@@ -42,8 +42,14 @@ STATUSES: dict[str, tuple[int, str]] = {
 }
 
 
-def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
+def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None) -> Response:
     """One error as problem+json."""
+    status, body = problem_json(code, detail, request_id.get())
+    return Response(body, status, headers, media_type=PROBLEM_JSON)
+
+
+def problem_json(code: str, detail: str, identifier: str | None) -> tuple[int, bytes]:
+    """Its status and its body."""
     status, title = STATUSES[code]
     if len(detail) > MAX_DETAIL_CHARS:
         detail = detail[:MAX_DETAIL_CHARS] + "…"
@@ -53,18 +59,20 @@ def problem(code: str, detail: str, *, headers: Mapping[str, str] | None = None,
         "status": status,
         "detail": detail,
         "code": code,
-        "request_id": request_id.get(),
-        **extra,
+        "request_id": identifier,
     }
-    return Response(orjson.dumps(body), status, headers, media_type=PROBLEM_JSON)
+    return status, orjson.dumps(body)
 
 
 def service_problem(error: ServiceError) -> Response:
     """The problem of a ServiceError; who may come again is told when, in whole seconds."""
-    headers = None
-    if isinstance(error, Overloaded | QuotaExceeded):
-        headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
+    headers = {"Retry-After": retry_after(error)} if isinstance(error, Overloaded | QuotaExceeded) else None
     return problem(error.code, str(error), headers=headers)
+
+
+def retry_after(error: Overloaded | QuotaExceeded) -> str:
+    """For the header of that name."""
+    return str(math.ceil(error.retry_after_s))
 
 
 def problem_responses(descriptions: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:

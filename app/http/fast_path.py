@@ -14,7 +14,7 @@ from app.classification import Classification, Terms, outcome_of
 from app.errors import InvalidRequest, Overloaded, ServiceError
 from app.http.asked import HandedOver, answer_json, ask, out_of_time, parameters
 from app.http.call import Call
-from app.http.errors import service_problem
+from app.http.errors import PROBLEM_JSON, problem_json, retry_after
 from app.http.middleware import HEADER, identify
 from app.http.uploads import Body
 from app.log import request_id
@@ -139,11 +139,9 @@ class OneImage:
 
 
 def refusal(call: Call, error: Overloaded) -> tuple[bytes, str, int]:
-    """Body, headers and status for a request that was not taken on, counted."""
+    """Body, headers and status for a request that was not taken on, counted; as `service_problem`, without a `Response`."""
     identifier = identify(call.scope)
-    token = request_id.set(identifier)
-    response = service_problem(error)
-    request_id.reset(token)
+    status, body = problem_json(error.code, str(error), identifier)
     call.app.state.metrics.observe_request(call.model_label, outcome_of(error), time.perf_counter() - call.started)
-    headers = "".join([f"{name.decode()}: {value.decode()}\r\n" for name, value in response.raw_headers])
-    return bytes(response.body), f"{headers}x-request-id: {identifier}\r\n", response.status_code
+    headers = f"retry-after: {retry_after(error)}\r\ncontent-length: {len(body)}\r\ncontent-type: {PROBLEM_JSON}\r\n"
+    return body, f"{headers}x-request-id: {identifier}\r\n", status

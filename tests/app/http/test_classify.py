@@ -147,6 +147,16 @@ async def test_top_k_gives_so_many_labels(served: Served, top_k: int) -> None:
         assert everything[:top_k] == labels_of(check_answer(response))
 
 
+@pytest.mark.parametrize("zeros", [0, 1000])
+async def test_a_query_is_read_the_same_every_time(served: Served, zeros: int) -> None:
+    """Of any length; what is wrong with it is told every time too."""
+    wanted, wrong = "0" * zeros + "2", "0" * zeros + "x"
+    for _ in range(2):
+        assert len(labels_of(check_answer(await served.classify(JPEG, params={"top_k": wanted})))) == 2
+        check_problem(await served.classify(JPEG, params={"top_k": wrong}), 422, "invalid_request", "top_k")
+        assert len(labels_of(check_answer(await served.classify(JPEG)))) == 5
+
+
 async def test_model_and_version_may_be_named_anywhere(served: Served) -> None:
     """In the query, in form fields, in JSON, or the same in two places."""
     named = {"model": MODEL, "version": "1"}
