@@ -14,7 +14,6 @@ from rich.table import Table
 
 from exporters import report_cli, search_cli  # noqa: F401 - their commands are the same program's
 from exporters.commands import app, publish, told
-from exporters.config import ExitConfig, ExportConfig
 from exporters.diagrams import draw_reliability
 from exporters.images import classes_by_folder
 from exporters.options import (
@@ -23,21 +22,18 @@ from exporters.options import (
     USUAL_FAST_DROP,
     USUAL_SCORE,
     Agreement,
+    Common,
     Confidence,
     FastDrop,
     Fp32Share,
     MaxDrop,
     Recover,
     Score,
-    bound_of,
     lines,
     named_paths,
-    numbered,
     numbers,
     onnx_source,
-    repeated,
     source_of,
-    where_other,
 )
 from exporters.plan import plan
 from exporters.progress import ConsoleProgress
@@ -130,15 +126,42 @@ def export(
             source, names = source_of(model, weights, timm_config, labels, checkpoint, asked, stages)
         else:
             source, names = onnx_source(onnx, preprocessor, labels)
-        config = ExportConfig(
-            name=model,
-            source=source,
-            calibration_images=calibration,
-            test_images=test,
-            repository=repository,
+        common = Common(
+            model=model,
             version=version,
+            repository=repository,
+            calibration=calibration,
+            test=test,
             unlabelled=unlabelled,
-            folders=numbered(folders),
+            folders=folders,
+            max_drop=max_drop,
+            fast_drop=fast_drop,
+            confidence=confidence,
+            score=score,
+            target_agreement=target_agreement,
+            max_fp32_share=max_fp32_share,
+        )
+        command = common.command(
+            "export",
+            {
+                "--timm-config": timm_config,
+                "--checkpoint": None if checkpoint is None else Path(checkpoint),
+                "--onnx": onnx,
+                "--preprocessor": preprocessor,
+                "--labels": labels,
+                "--weights": weights,
+                "--also-classes": also_classes,
+                "--reduce": reduce,
+                "--recover": recover,
+                "--boundaries": boundaries,
+                "--stages": stages,
+                "--image-size": image_size,
+                "--patch-size": patch_size,
+            },
+            {"--no-int8": not int8, "--qdq": qdq, "--fp16": fp16, "--mirror": mirror},
+        )
+        config = replace(
+            common.config(source, {"data": data, "training": training, "licence": licence}, command),
             other_images=named_paths(also or []),
             other_folders=None if also_classes is None else classes_by_folder(json.loads(also_classes.read_text()), names),
             int8=int8,
@@ -147,49 +170,6 @@ def export(
             reduction=reduce,
             recovery=recover,
             mirror=mirror,
-            quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_share=max_fp32_share / 100),
-            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
-            bound=bound_of(max_drop, confidence),
-            fast_drop=fast_drop / 100,
-            data=data,
-            training=training,
-            licence=licence,
-            command=repeated(
-                {
-                    "--model": model,
-                    "--version": version,
-                    "--max-drop": f"{max_drop:g}",
-                    **where_other(target_agreement, max_fp32_share, fast_drop, confidence),
-                    "--score": None if score is USUAL_SCORE else score.value,
-                    "--timm-config": timm_config,
-                    "--checkpoint": None if checkpoint is None else Path(checkpoint),
-                    "--onnx": onnx,
-                    "--preprocessor": preprocessor,
-                    "--labels": labels,
-                    "--folders": folders,
-                    "--weights": weights,
-                    "--calibration": calibration,
-                    "--test": test,
-                    "--also-classes": also_classes,
-                    "--reduce": reduce,
-                    "--recover": recover,
-                    "--boundaries": boundaries,
-                    "--stages": stages,
-                    "--image-size": image_size,
-                    "--patch-size": patch_size,
-                },
-                flags=[
-                    flag
-                    for flag, given in {
-                        "--no-int8": not int8,
-                        "--qdq": qdq,
-                        "--fp16": fp16,
-                        "--mirror": mirror,
-                        "--unlabelled": unlabelled,
-                    }.items()
-                    if given
-                ],
-            ),
         )
         if dry_run:
             _print_plan(console, plan(config))
@@ -226,39 +206,23 @@ def quantize(
     console = Console()
     with told(console):
         stored = PublishedSource(repository, model, source).open().manifest
-        stated, published = stored.provenance, PublishedSource(repository, model, stored.version)
-        config = ExportConfig(
-            name=model,
-            source=published,
-            calibration_images=calibration,
-            test_images=test,
-            repository=repository,
+        common = Common(
+            model=model,
             version=version,
+            repository=repository,
+            calibration=calibration,
+            test=test,
             unlabelled=unlabelled,
-            folders=numbered(folders),
-            quantization=replace(INT8, target_agreement=target_agreement / 100, max_fp32_share=max_fp32_share / 100),
-            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
-            bound=bound_of(max_drop, confidence),
-            fast_drop=fast_drop / 100,
-            data=stated.get("data", "not stated"),
-            training=stated.get("training", "not stated"),
-            licence=stated.get("licence", "not stated"),
-            command=repeated(
-                {
-                    "--model": model,
-                    "--version": version,
-                    "--from": stored.version,
-                    "--max-drop": f"{max_drop:g}",
-                    **where_other(target_agreement, max_fp32_share, fast_drop, confidence),
-                    "--score": None if score is USUAL_SCORE else score.value,
-                    "--folders": folders,
-                    "--calibration": calibration,
-                    "--test": test,
-                },
-                flags=["--unlabelled"] if unlabelled else [],
-                command="quantize",
-            ),
+            folders=folders,
+            max_drop=max_drop,
+            fast_drop=fast_drop,
+            confidence=confidence,
+            score=score,
+            target_agreement=target_agreement,
+            max_fp32_share=max_fp32_share,
         )
+        command = common.command("quantize", {"--from": stored.version})
+        config = common.config(PublishedSource(repository, model, stored.version), stored.provenance, command)
         publish(console, config)
 
 

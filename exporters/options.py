@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exporters.config import BoundConfig, ExitConfig, QuantizationConfig
+from exporters.config import BoundConfig, ExitConfig, ExportConfig, QuantizationConfig
 from exporters.images import ImageSetError
 from exporters.sources.base import AS_IT_IS, Asked, Source, SourceError
 from exporters.sources.folder import find, from_folder
@@ -65,31 +67,89 @@ Recover = Annotated[
 ]
 
 
-def bound_of(max_drop: float, confidence: float) -> BoundConfig | None:
-    """From points and percent; None where nothing is to be proved, or nothing can be: a loss of zero."""
-    if not max_drop or not confidence:
-        return None
-    return BoundConfig(epsilon=max_drop / 100, delta=1 - confidence / 100)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The options of all commands that publish a version; shares in percent, as they are said."""
+
+    model: str
+    version: int
+    repository: Path
+    calibration: Path
+    test: Path
+    unlabelled: bool
+    folders: Path | None
+    max_drop: float
+    fast_drop: float
+    confidence: float
+    score: ScoreName = USUAL_SCORE
+    target_agreement: float = 100 * INT8.target_agreement
+    max_fp32_share: float = 100 * INT8.max_fp32_share
+
+    def config(self, source: Source, provenance: Mapping[str, str], command: str) -> ExportConfig:
+        """What they ask for.
+
+        Args:
+            provenance: what is stated of the network's data, training and licence.
+            command: for the card.
+        """
+        return ExportConfig(
+            name=self.model,
+            source=source,
+            calibration_images=self.calibration,
+            test_images=self.test,
+            repository=self.repository,
+            version=self.version,
+            unlabelled=self.unlabelled,
+            folders=numbered(self.folders),
+            quantization=replace(INT8, target_agreement=self.target_agreement / 100, max_fp32_share=self.max_fp32_share / 100),
+            exits=ExitConfig(score=self.score.value, max_accuracy_drop=self.max_drop / 100),
+            bound=self._bound(),
+            fast_drop=self.fast_drop / 100,
+            data=provenance.get("data", "not stated"),
+            training=provenance.get("training", "not stated"),
+            licence=provenance.get("licence", "not stated"),
+            command=command,
+        )
+
+    def command(self, name: str, options: Mapping[str, object], flags: Mapping[str, bool] | None = None) -> str:
+        """As `repeated`, with further options of its own."""
+        every: dict[str, object] = {
+            "--model": self.model,
+            "--version": self.version,
+            **options,
+            "--max-drop": f"{self.max_drop:g}",
+            **self._where_other(),
+            "--folders": self.folders,
+            "--calibration": self.calibration,
+            "--test": self.test,
+        }
+        return repeated(name, every, {**(flags or {}), "--unlabelled": self.unlabelled})
+
+    def _bound(self) -> BoundConfig | None:
+        """None where nothing is to be proved, or nothing can be: a loss of zero."""
+        if not self.max_drop or not self.confidence:
+            return None
+        return BoundConfig(epsilon=self.max_drop / 100, delta=1 - self.confidence / 100)
+
+    def _where_other(self) -> dict[str, str]:
+        """What was asked for, where it is not what is asked for by default."""
+        asked = {
+            "--target-agreement": (self.target_agreement, 100 * INT8.target_agreement),
+            "--max-fp32-share": (self.max_fp32_share, 100 * INT8.max_fp32_share),
+            "--fast-drop": (self.fast_drop, USUAL_FAST_DROP),
+            "--confidence": (self.confidence, USUAL_CONFIDENCE),
+        }
+        other = {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}
+        return other if self.score is USUAL_SCORE else {**other, "--score": self.score.value}
 
 
-def where_other(target_agreement: float, max_fp32_share: float, fast_drop: float, confidence: float) -> dict[str, object]:
-    """What was asked for, where it is not what is asked for by default."""
-    asked = {
-        "--target-agreement": (target_agreement, 100 * INT8.target_agreement),
-        "--max-fp32-share": (max_fp32_share, 100 * INT8.max_fp32_share),
-        "--fast-drop": (fast_drop, USUAL_FAST_DROP),
-        "--confidence": (confidence, USUAL_CONFIDENCE),
-    }
-    return {option: f"{value:g}" for option, (value, usual) in asked.items() if value != usual}
-
-
-def repeated(options: dict[str, object], flags: list[str], command: str = "export") -> str:
+def repeated(name: str, options: Mapping[str, object], flags: Mapping[str, bool]) -> str:
     """The command for the card: files by name only, no folders of this machine."""
-    words = ["python", "-m", "exporters", command]
+    words = ["python", "-m", "exporters", name]
     for option, value in options.items():
         if value is not None:
             words += [option, value.name if isinstance(value, Path) else str(value)]
-    return shlex.join(words + flags)
+    return shlex.join([*words, *(flag for flag, given in flags.items() if given)])
 
 
 def numbers(text: str | None) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def report(
         subject = Subject(stored.directory, manifest, backends, logits)
         asked = {"--model": model, "--version": manifest.version, "--images": images}
         asked |= {"--classes": classes, "--folders": folders, "--out": out}
-        command = repeated(asked, ["--unlabelled"] if unlabelled else [], command="report")
+        command = repeated("report", asked, {"--unlabelled": unlabelled})
         receipt = measure(subject, image_set, labelled=not unlabelled, command=command, progress=progress)
         page = write(receipt, find_examples(subject, image_set, stored.labels, labelled=not unlabelled), out)
         for point in receipt.points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,25 +10,20 @@ import typer
 from rich.console import Console
 
 from exporters.commands import app, publish, show, told
-from exporters.config import ExitConfig, ExportConfig
 from exporters.optimize import Budget, Search
 from exporters.optimize import optimize as optimize_ladder
 from exporters.options import (
-    INT8,
     USUAL_CONFIDENCE,
     USUAL_FAST_DROP,
     USUAL_SCORE,
+    Common,
     Confidence,
     FastDrop,
     MaxDrop,
     Recover,
     Score,
-    bound_of,
-    numbered,
     numbers,
-    repeated,
     source_of,
-    where_other,
 )
 from exporters.progress import ConsoleProgress
 from exporters.sources.base import AS_IT_IS, SourceError
@@ -56,40 +52,21 @@ def cascade(
     console = Console()
     with told(console):
         parts = CascadeSource(repository, (Part.parse(cheap), Part.parse(dear)))
-        stated = parts.open_dear().manifest.provenance
-        config = ExportConfig(
-            name=model,
-            source=parts,
-            calibration_images=calibration,
-            test_images=test,
-            repository=repository,
+        common = Common(
+            model=model,
             version=version,
+            repository=repository,
+            calibration=calibration,
+            test=test,
             unlabelled=unlabelled,
-            folders=numbered(folders),
-            int8=False,
-            exits=ExitConfig(score=score.value, max_accuracy_drop=max_drop / 100),
-            bound=bound_of(max_drop, confidence),
-            fast_drop=fast_drop / 100,
-            data=stated.get("data", "not stated"),
-            training=stated.get("training", "not stated"),
-            licence=stated.get("licence", "not stated"),
-            command=repeated(
-                {
-                    "--model": model,
-                    "--version": version,
-                    "--cheap": cheap,
-                    "--dear": dear,
-                    "--max-drop": f"{max_drop:g}",
-                    **where_other(100 * INT8.target_agreement, 100 * INT8.max_fp32_share, fast_drop, confidence),
-                    "--score": None if score is USUAL_SCORE else score.value,
-                    "--folders": folders,
-                    "--calibration": calibration,
-                    "--test": test,
-                },
-                flags=["--unlabelled"] if unlabelled else [],
-                command="cascade",
-            ),
+            folders=folders,
+            max_drop=max_drop,
+            fast_drop=fast_drop,
+            confidence=confidence,
+            score=score,
         )
+        command = common.command("cascade", {"--cheap": cheap, "--dear": dear})
+        config = replace(common.config(parts, parts.open_dear().manifest.provenance, command), int8=False)
         publish(console, config)
 
 
@@ -136,46 +113,35 @@ def optimize(
         source, _ = source_of(model, weights, timm_config, labels, checkpoint, AS_IT_IS)
         search = Search(method, _shares(shares), _patch_sizes(patch_sizes))
         budget = Budget(max_latency_ms, target_throughput)
-        config = ExportConfig(
-            name=model,
-            source=source,
-            calibration_images=calibration,
-            test_images=test,
-            repository=repository,
+        common = Common(
+            model=model,
             version=version,
+            repository=repository,
+            calibration=calibration,
+            test=test,
             unlabelled=unlabelled,
-            folders=numbered(folders),
-            int8=int8,
-            recovery=recover,
-            exits=ExitConfig(max_accuracy_drop=max_drop / 100),
-            bound=bound_of(max_drop, confidence),
-            fast_drop=fast_drop / 100,
-            data="not stated",
-            training="not stated",
-            command=repeated(
-                {
-                    "--model": model,
-                    "--version": version,
-                    "--max-drop": f"{max_drop:g}",
-                    **where_other(100 * INT8.target_agreement, 100 * INT8.max_fp32_share, fast_drop, confidence),
-                    "--method": method,
-                    "--shares": None if shares == SHARES else shares,
-                    "--patch-sizes": patch_sizes,
-                    "--recover": recover,
-                    "--max-latency-ms": max_latency_ms,
-                    "--target-throughput": target_throughput,
-                    "--checkpoint": None if checkpoint is None else Path(checkpoint),
-                    "--weights": weights,
-                    "--timm-config": timm_config,
-                    "--labels": labels,
-                    "--folders": folders,
-                    "--calibration": calibration,
-                    "--test": test,
-                },
-                flags=[flag for flag, given in {"--no-int8": not int8, "--unlabelled": unlabelled}.items() if given],
-                command="optimize",
-            ),
+            folders=folders,
+            max_drop=max_drop,
+            fast_drop=fast_drop,
+            confidence=confidence,
         )
+        command = common.command(
+            "optimize",
+            {
+                "--method": method,
+                "--shares": None if shares == SHARES else shares,
+                "--patch-sizes": patch_sizes,
+                "--recover": recover,
+                "--max-latency-ms": max_latency_ms,
+                "--target-throughput": target_throughput,
+                "--checkpoint": None if checkpoint is None else Path(checkpoint),
+                "--weights": weights,
+                "--timm-config": timm_config,
+                "--labels": labels,
+            },
+            {"--no-int8": not int8},
+        )
+        config = replace(common.config(source, {}, command), int8=int8, recovery=recover)
         with ConsoleProgress.on(console) as progress:
             directory = optimize_ladder(config, search, work, progress, budget=budget)
         show(console, config, directory)

@@ -292,7 +292,11 @@ def test_the_command_searches(config: ExportConfig, tmp_path: Path, monkeypatch:
     assert (tried.shares, tried.patch_sizes, work) == ((0.8, 0.6), (18, 20), tmp_path / "w")
     assert (budget.max_latency_ms, budget.target_throughput) == (20, None)
     assert wanted.exits.max_accuracy_drop == pytest.approx(0.01)
-    assert wanted.command.startswith("python -m exporters optimize --model ladder --version 1 --max-drop 1")
+    assert wanted.command == (
+        "python -m exporters optimize --model ladder --version 1 --shares 80,60 --patch-sizes 18,20 --max-latency-ms 20.0 "
+        "--weights model.safetensors --timm-config config.json --labels labels.txt --max-drop 1 "
+        f"--calibration {config.calibration_images.name} --test {config.test_images.name}"
+    )
     wrong = CliRunner().invoke(exporter, [*arguments, "--shares", "80,nonsense"])
     assert wrong.exit_code == 1
     assert "shares are percents" in wrong.output
