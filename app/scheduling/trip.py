@@ -135,25 +135,31 @@ class Trip:
         """Whoever has gone, cannot be done in time, is no image, or takes too long to decode stays behind."""
         report, stage = Report(None), self.stage
         self._reports.append(report)
-        to_decode = sum(item.undecoded is not None for item in self.aboard)
-        if not to_decode:
-            boarded = self._in_time(report, stage, [item for item in self.aboard if not self._left(report, stage, item)])
+        if any(item.undecoded is not None for item in self.aboard):
+            boarded = self._decoded(report)
         else:
-            needed = self._needed(stage, len(self.aboard))
-            decode_s, boarded = self._rules.decode_s(), []
-            for item in self.aboard:
-                undecoded = item.undecoded
-                if not self._left(report, stage, item):
-                    if time.perf_counter() + to_decode * decode_s + needed(item.point) > item.deadline:
-                        report.expired.append((stage, item))
-                    elif undecoded is None or self._decode(item, undecoded, report):
-                        boarded.append(item)
-                to_decode -= undecoded is not None
-            boarded = self._in_time(report, stage, boarded)  # decoding may have taken longer than it does as a rule
-        self.aboard = boarded
-        if boarded and report.departures:
+            boarded = [item for item in self.aboard if not self._left(report, stage, item)]
+        self.aboard = self._in_time(report, stage, boarded)  # decoding may have taken longer than it does as a rule
+        if self.aboard and report.departures:
             self._rules.report(self, self._reports)
             self._reports = []
+
+    def _decoded(self, report: Report) -> list[WorkItem]:
+        """Of those aboard, one after the other: some may leave while others are decoded."""
+        stage, decode_s = self.stage, self._rules.decode_s()
+        needed = self._needed(stage, len(self.aboard))
+        to_decode = sum(item.undecoded is not None for item in self.aboard)
+        decoded = []
+        for item in self.aboard:
+            undecoded, ahead_s = item.undecoded, to_decode * decode_s
+            to_decode -= undecoded is not None
+            if self._left(report, stage, item):
+                continue
+            if time.perf_counter() + ahead_s + needed(item.point) > item.deadline:
+                report.expired.append((stage, item))
+            elif undecoded is None or self._decode(item, undecoded, report):
+                decoded.append(item)
+        return decoded
 
     def _decode(self, item: WorkItem, undecoded: Undecoded, report: Report) -> bool:
         started = time.perf_counter()
