@@ -79,7 +79,7 @@ def _read_query(query: bytes) -> Parameters:
         raise InvalidRequest(describe_validation(error.errors())) from error
 
 
-# A client asks the same thing again and again, and reading it takes a quarter of what refusing a request does.
+# A client asks the same thing again and again, and reading it is a good part of what a refusal takes (docs/adr/0022).
 _known_query = lru_cache(maxsize=256)(_read_query)
 
 
