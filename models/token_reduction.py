@@ -17,10 +17,16 @@ since positions were added before. Written from the papers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+# Anything known of each patch, float32 (B, M, E) -> the same of each token that is left, (B, keep, E), and their sizes,
+# (B, keep, 1). It is linear in what it is given.
+Combine = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 TINY = 1e-12  # so that a cluster of nothing is zero and not undefined
 INFORMATION, SIZE = 1 / 20, 1 / 40  # temperatures of mctf's criteria; likeness has 1 (section 3.1 of the paper)
@@ -82,15 +88,20 @@ class TokenReduction:
         Raises:
             ValueError: the method cannot come from so many tokens to so few.
         """
-        front, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        left, left_sizes = METHODS[self.method](
-            patches,
+        combine = self.combination(x, sizes, weights, keys)
+        left, left_sizes = combine(x[:, self.num_prefix :])
+        front, front_sizes = x[:, : self.num_prefix], sizes[:, : self.num_prefix]
+        return torch.cat([front, left], dim=1), torch.cat([front_sizes, left_sizes], dim=1)
+
+    def combination(self, x: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor) -> Combine:
+        """What becomes of the patches, for whatever goes along with them; arguments and errors as of a call."""
+        return METHODS[self.method](
+            x[:, self.num_prefix :],
             sizes[:, self.num_prefix :],
             weights[..., self.num_prefix :],
             keys[:, self.num_prefix :],
             self.keep,
         )
-        return torch.cat([front, left], dim=1), torch.cat([sizes[:, : self.num_prefix], left_sizes], dim=1)
 
 
 # --- score: float32 (B, M) of each patch; high is worth keeping ---
@@ -220,6 +231,13 @@ def _nearest(distance: Tensor, medoids: Tensor) -> Tensor:
     return to_medoids.argmin(dim=-1)
 
 
+def likest_of(patches: Tensor, kept: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Which kept patch each of the others is most like: the cosine, float32 (B, r), and its number, int64 (B, r)."""
+    normal = torch.nn.functional.normalize
+    found = (normal(take(patches, rest), dim=-1) @ normal(take(patches, kept), dim=-1).transpose(1, 2)).max(dim=-1)
+    return found.values, found.indices
+
+
 # --- combine ---
 
 
@@ -258,58 +276,68 @@ def fuse(patches: Tensor, sizes: Tensor, score: Tensor, kept: Tensor, rest: Tens
     return torch.cat([take(patches, kept), fused], dim=1), torch.cat([take(sizes, kept), fused_size], dim=1)
 
 
-def squeeze(patches: Tensor, sizes: Tensor, kept: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def squeeze(patches: Tensor, sizes: Tensor, kept: Tensor, rest: Tensor, likest: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Each of the others goes into the kept patch most like it; weights are e to the cosine, and e for the kept one itself.
+
+    `likest`: of each of the others, from `likest_of`.
 
     Source: Wei et al., Joint Token Pruning and Squeezing, CVPR 2023, equations 5 to 7.
     """
     kept_patches, rest_patches = take(patches, kept), take(patches, rest)
-    normal = torch.nn.functional.normalize
-    cosine, nearest = (normal(rest_patches, dim=-1) @ normal(kept_patches, dim=-1).transpose(1, 2)).max(dim=-1)
+    cosine, nearest = likest
     share = cosine.exp().unsqueeze(-1)  # (B, r, 1)
     own = torch.full_like(kept_patches[..., :1], torch.e)
     mixed = add_to(own * kept_patches, nearest, share * rest_patches) / add_to(own, nearest, share)
     return mixed, add_to(take(sizes, kept), nearest, take(sizes, rest))
 
 
-# --- the published combinations ---
-
-
-def _tome(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    return merge_matched(patches, sizes, bipartite_match(keys, patches.shape[1] - keep))
-
-
-def _mctf(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    match = bipartite_match_by_criteria(patches, readiness(weights, sizes), patches.shape[1] - keep)
-    return merge_matched(patches, sizes, match)
-
-
-def _evit(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    score = class_attention(weights)
-    return fuse(patches, sizes, score, *top_k(score, keep - 1))
-
-
-def _tps(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    return squeeze(patches, sizes, *top_k(class_attention(weights), keep))
-
-
-def _token_pooling(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    score = attention_received(weights)
-    clusters = k_medoids(patches, score, keep)
+def pool(patches: Tensor, sizes: Tensor, score: Tensor, clusters: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The average of each cluster, weighted by score (Marin et al., WACV 2023); clusters int64 (B, M)."""
     nothing = patches.new_zeros(len(patches), keep, patches.shape[-1])
     share = score.unsqueeze(-1)
     mean = add_to(nothing, clusters, patches * share) / add_to(nothing[..., :1], clusters, share).clamp(min=TINY)
     return mean, add_to(nothing[..., :1], clusters, sizes)
 
 
-def _top_k_attention(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    kept, _ = top_k(class_attention(weights), keep)
+def pick(patches: Tensor, sizes: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept patches as they are; the others are gone."""
     return take(patches, kept), take(sizes, kept)
 
 
-def _top_k_norm(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    kept, _ = top_k(feature_norm(patches), keep)
-    return take(patches, kept), take(sizes, kept)
+# --- the published combinations ---
+
+
+def _tome(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    return partial(merge_matched, sizes=sizes, match=bipartite_match(keys, patches.shape[1] - keep))
+
+
+def _mctf(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    match = bipartite_match_by_criteria(patches, readiness(weights, sizes), patches.shape[1] - keep)
+    return partial(merge_matched, sizes=sizes, match=match)
+
+
+def _evit(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    score = class_attention(weights)
+    kept, rest = top_k(score, keep - 1)
+    return partial(fuse, sizes=sizes, score=score, kept=kept, rest=rest)
+
+
+def _tps(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    kept, rest = top_k(class_attention(weights), keep)
+    return partial(squeeze, sizes=sizes, kept=kept, rest=rest, likest=likest_of(patches, kept, rest))
+
+
+def _token_pooling(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    score = attention_received(weights)
+    return partial(pool, sizes=sizes, score=score, clusters=k_medoids(patches, score, keep), keep=keep)
+
+
+def _top_k_attention(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    return partial(pick, sizes=sizes, kept=top_k(class_attention(weights), keep)[0])
+
+
+def _top_k_norm(patches: Tensor, sizes: Tensor, weights: Tensor, keys: Tensor, keep: int) -> Combine:
+    return partial(pick, sizes=sizes, kept=top_k(feature_norm(patches), keep)[0])
 
 
 METHODS = {

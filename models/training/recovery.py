@@ -1,7 +1,8 @@
 """A network with fewer tokens learns to answer as it did with all of them, from photographs of anything, without labels.
 
 Both see the same view of a photograph, and the reduced one learns the probabilities of the other (Hinton et al., Distilling the
-Knowledge in a Neural Network, 2015; that both see the same: Beyer et al., A good teacher is patient and consistent, CVPR 2022).
+Knowledge in a Neural Network, 2015; that both see the same: Beyer et al., A good teacher is patient and consistent, CVPR 2022),
+and what its tokens are behind each block (`models.training.followed`).
 A part of the photographs is held out and tells whether it helped; where it did not, the weights stay as they were.
 """
 
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from models.multi_exit import MultiExitViT
+from models.training.followed import Followed
 from models.training.loop import MAX_GRADIENT_NORM, learning_rate_factor
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
@@ -34,6 +37,7 @@ class RecoveryConfig:
     aspect: float = math.log(4 / 3)  # largest natural logarithm of a view's width over its height
     held_out: float = 0.1  # of the photographs
     min_photos: int = 64
+    tokens: float = 45.0  # nats that a token is worth which is as far from what it should be as that is long
     seed: int = 0
     bf16: bool = True
 
@@ -51,8 +55,8 @@ class Recovered:
 
 
 def recover(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: MultiExitViT,
+    teacher: MultiExitViT,
     photos: NDArray[np.uint8],
     side: int,
     normalise: Callable[[Tensor], Tensor],
@@ -64,7 +68,7 @@ def recover(
     """Train in place; batch norms stay as they are.
 
     Args:
-        student, teacher: images (B, 3, side, side), normalised, to the logits of each exit.
+        student, teacher: of as many blocks; images (B, 3, side, side), normalised, to the logits of each exit.
         photos: (N, S, S, 3), S no less than `side`: views are cut out of them.
         normalise: of float32 (B, 3, side, side) from 0 to 255.
         track: shows how far a sequence of steps is.
@@ -101,23 +105,25 @@ def recover(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     per_epoch = max(1, len(seen) // config.batch_size)
     total = per_epoch * config.epochs
-    for step in track(range(total), "steps of learning the former answers"):
-        if step % per_epoch == 0:
-            order = seen[torch.randperm(len(seen), generator=generator)]
-        start = step % per_epoch * config.batch_size
-        chosen = order[start : start + config.batch_size].tolist()
-        x = normalise(torch.cat([_view(photos[index], side, config, generator) for index in chosen]))
-        with torch.no_grad():
-            wanted = answers(teacher, x)
-        found = answers(student, x)
-        losses = [F.kl_div(f, w, log_target=True, reduction="batchmean") for f, w in zip(found, wanted, strict=True)]
-        optimizer.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        factor = learning_rate_factor(step, total, max(1, int(total * config.warmup_fraction)))
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        optimizer.step()
+    with Followed(student, teacher) as followed:
+        for step in track(range(total), "steps of learning the former answers"):
+            if step % per_epoch == 0:
+                order = seen[torch.randperm(len(seen), generator=generator)]
+            start = step % per_epoch * config.batch_size
+            chosen = order[start : start + config.batch_size].tolist()
+            x = normalise(torch.cat([_view(photos[index], side, config, generator) for index in chosen]))
+            with torch.no_grad():
+                wanted = answers(teacher, x)
+            found = answers(student, x)
+            losses = [F.kl_div(f, w, log_target=True, reduction="batchmean") for f, w in zip(found, wanted, strict=True)]
+            loss = torch.stack(losses).sum() + config.tokens * followed.distance()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            factor = learning_rate_factor(step, total, max(1, int(total * config.warmup_fraction)))
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factor
+            optimizer.step()
     recovered = Recovered(before, distance())
     if not recovered.helped:
         student.load_state_dict(original)
