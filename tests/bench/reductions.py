@@ -3,7 +3,8 @@
     python -m tests.bench.reductions --network deit_tiny=WEIGHTS,CONFIG --labels FILE --folders FILE \\
         --calibration DIR --test DIR --test DIR --reduce mctf:60% --reduce mctf:50% --recover DIR
 
-With `--recover`, each schedule is measured a second time, with what was learned back from these photographs.
+With `--recover`, each schedule is measured a second time, with what was learned back from these photographs; with `--keep DIR`
+that is learned once, and found there by later runs.
 The baseline of every ratio is the same network in fp32, with all its tokens, at its own best batch, in the same rounds. A
 DeiT-S with random weights is timed besides.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +38,7 @@ from exporters.sources.timm_vit import TimmSource
 from exporters.vit_export import ViTExport
 from models.manifest import PreprocessSpec
 from models.multi_exit import MultiExitViT
+from models.training.recovery import RecoveryConfig
 from models.vit import ViTConfig
 from tests.bench.graphs import milliseconds_per_image
 from tests.bench.machine import facts
@@ -72,6 +75,31 @@ class Graph:
     gmacs: float
 
 
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """What reduced networks learn, and where that is kept."""
+
+    network: str
+    photos: ImageSet | None = None
+    folder: Path | None = None
+
+    def learn(self, student: MultiExitViT, teacher: MultiExitViT, spec: PreprocessSpec, schedule: ReductionSchedule) -> str:
+        """In place; as `recover_answers`."""
+        if self.photos is None:
+            raise ValueError("there is nothing to learn from")
+        made_from = hashlib.sha256(repr((self.network, str(schedule), self.photos.sha256, RecoveryConfig())).encode())
+        kept = None if self.folder is None else self.folder / f"{made_from.hexdigest()[:16]}.pt"
+        if kept is not None and kept.exists():
+            found = torch.load(kept, weights_only=True)
+            student.load_state_dict(found["weights"])
+            return f"{found['told']} (kept)"
+        told = recover_answers(student, teacher, self.photos, spec)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"told": told, "weights": student.state_dict()}, kept)
+        return told
+
+
 def main() -> int:
     """0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -83,6 +111,7 @@ def main() -> int:
     parser.add_argument("--reduce", action="append", default=[])
     parser.add_argument("--reduce-small", action="append", default=[], help="the DeiT-S, block by block")
     parser.add_argument("--recover", type=Path, help="photographs to learn from, none of them a test image")
+    parser.add_argument("--keep", type=Path, help="what was learned, by network, schedule and photographs")
     parser.add_argument("--target-agreement", type=float, default=QuantizationConfig().target_agreement)
     parser.add_argument("--max-fp32-share", type=float, default=QuantizationConfig().max_fp32_share)
     parser.add_argument("--rounds", type=int, default=9)
@@ -114,7 +143,8 @@ def main() -> int:
         if args.recover is not None:
             told_by = ExportConfig(name, source, args.calibration, args.test[0], ROOT, 1, recovery=args.recover)
             photos = photos_to_learn_from(told_by, network)
-        parts.append(_section(name, source, images, args.reduce, photos, quantization, args.rounds, console))
+        lessons = Lessons(name, photos, args.keep)
+        parts.append(_section(name, source, images, args.reduce, lessons, quantization, args.rounds, console))
     parts.append(_deit_small(args.reduce_small, args.rounds, console))
     write_section(args.output, "\n".join(parts) + "\n")
     return 0
@@ -125,7 +155,7 @@ def _section(
     source: TimmSource,
     images: Images,
     schedules: Sequence[str],
-    photos: ImageSet | None,
+    lessons: Lessons,
     quantization: QuantizationConfig,
     rounds: int,
     console: Console,
@@ -133,7 +163,7 @@ def _section(
     """A trained network: accuracy, time, operators, stages."""
     network = source.load()
     model, spec = network.model, network.preprocess
-    graphs = _graphs(model, spec, images.calibration, schedules, photos, quantization, console)
+    graphs = _graphs(model, spec, images.calibration, schedules, lessons, quantization, console)
     times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, images.test, rounds=rounds)
     reference = last_logits([graphs["fp32"].model], images.test).argmax(axis=1)
     rows = [HEADER]
@@ -190,7 +220,7 @@ def _graphs(
     spec: PreprocessSpec,
     pixels: Array,
     schedules: Sequence[str],
-    photos: ImageSet | None,
+    lessons: Lessons,
     quantization: QuantizationConfig,
     console: Console,
 ) -> dict[str, Graph]:
@@ -211,9 +241,9 @@ def _graphs(
         )
         apply_schedule(network, schedule)
         removed = ", ".join(map(str, schedule.removed))
-        for learned in [""] if photos is None else ["", RECOVERED]:
-            if learned and photos is not None:
-                console.print(recover_answers(network, model, photos, spec), highlight=False)
+        for learned in [""] if lessons.photos is None else ["", RECOVERED]:
+            if learned:
+                console.print(lessons.learn(network, model, spec, schedule), highlight=False)
             reduced = ViTExport(network, spec)
             (stage,) = reduced.stages()
             int8 = reduced.quantized(pixels, calibration, replace(quantization, target_agreement=0.0), SILENT)
@@ -231,7 +261,7 @@ def _deit_small(schedules: Sequence[str], rounds: int, console: Console) -> str:
     model = MultiExitViT(ViTConfig(224, 16, 384, 12, 6, 1000, mlp_ratio=4.0, pooling="cls"), (12,)).eval()
     as_if_trained(model, lambda: None)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 224, 224, 3), dtype=np.uint8)
-    graphs = _graphs(model, spec, pixels, schedules, None, QuantizationConfig(target_agreement=0.0), console)
+    graphs = _graphs(model, spec, pixels, schedules, Lessons("DeiT-S"), QuantizationConfig(target_agreement=0.0), console)
     times = milliseconds_per_image({key: [graph.model] for key, graph in graphs.items()}, pixels, rounds=rounds)
     rows = [
         "## DeiT-S, random weights: time alone",
