@@ -16,17 +16,32 @@ from models.token_reduction import CLUSTER_ROUNDS, INFORMATION, SIZE, TINY, Toke
 class Patches:
     """Names of what a reduction may want to know of a block.
 
-    tokens: behind those in front, (B, M, D); sizes: theirs, (B, M, 1), or "" where every token stands for one patch;
-    weights: of attention, of all tokens, (B, heads, N, N); keys: of all tokens, (B, N, heads * d).
+    x: all tokens, (B, N, D), of which the first `num_prefix` are no patches; sizes: theirs, (B, N, 1), or "" where every token
+    stands for one patch; weights: of attention, (B, heads, N, N); keys: (B, N, heads * d).
     """
 
-    tokens: str
+    x: str
     sizes: str
     weights: str
     keys: str
     num_heads: int
     num_prefix: int
     count: int  # M
+
+    def tokens(self, graph: GraphWriter) -> str:
+        """Of the patches, (B, M, D)."""
+        return graph.slice(self.x, self.num_prefix, self.num_prefix + self.count, axis=1)
+
+    def halves(self, graph: GraphWriter, of_all: str) -> tuple[str, str]:
+        """Of what there is of all tokens, (B, N, ...), that of the even and of the odd patches."""
+        first, end = self.num_prefix, self.num_prefix + self.count
+        even, odd = (graph.slice(of_all, first + each, end, axis=1, step=2) for each in (0, 1))
+        return even, odd
+
+    def behind_front(self, graph: GraphWriter, *parts: str) -> str:
+        """The tokens in front, and these patches."""
+        front = [graph.slice(self.x, 0, self.num_prefix, axis=1)] if self.num_prefix else []
+        return graph.node("Concat", *front, *parts, axis=1)
 
     def class_attention(self, graph: GraphWriter) -> str:
         """How much the first token looks at each patch, (B, M)."""
@@ -42,19 +57,19 @@ class Patches:
         return graph.node("ReduceMean", looked_at, graph.constant([1, 2]), keepdims=0)
 
     def mean_keys(self, graph: GraphWriter) -> str:
-        """Mean over the heads, (B, M, d)."""
-        keys = graph.slice(self.keys, self.num_prefix, self.num_prefix + self.count, axis=1)
-        keys = graph.node("Reshape", keys, graph.constant([0, 0, self.num_heads, -1]))
+        """Of all tokens, mean over the heads, (B, N, d)."""
+        keys = graph.node("Reshape", self.keys, graph.constant([0, 0, self.num_heads, -1]))
         return graph.node("ReduceMean", keys, graph.constant([2]), keepdims=0)
 
 
 def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patches) -> tuple[str, str]:
-    """Tokens (B, keep, D), and their sizes (B, keep, 1) where the method tracks them, else "".
+    """All tokens (B, num_prefix + keep, D), and their sizes (B, num_prefix + keep, 1) where the method tracks them, else "".
 
     Raises:
         NotImplementedError: the method has no graph.
     """
     method, keep, count = reduction.method, reduction.keep, patches.count
+    left: tuple[str, ...]
     match method:
         case "tome" | "mctf":
             likeness = _of_keys(graph, patches) if method == "tome" else _by_criteria(graph, patches)
@@ -62,18 +77,20 @@ def reduce_patches(graph: GraphWriter, reduction: TokenReduction, patches: Patch
         case "evit":
             score, order = _sorted(graph, patches.class_attention(graph), count)
             graph.note(ReductionNote(method, count, keep, order))
-            return _fuse(graph, patches, order, score, keep), ""
+            left = _fuse(graph, patches, order, score, keep)
         case "tps":
             _, order = _sorted(graph, patches.class_attention(graph), count)
-            return _squeeze(graph, patches, order, keep), ""
+            left = (_squeeze(graph, patches, order, keep),)
         case "token_pooling":
-            return _pool_clusters(graph, patches, keep), ""
+            left = (_pool_clusters(graph, patches, keep),)
         case "top_k_attention":
-            return _keep(graph, method, patches, patches.class_attention(graph), keep), ""
+            left = (_keep(graph, method, patches, patches.class_attention(graph), keep),)
         case "top_k_norm":
-            norm = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=0)
-            return _keep(graph, method, patches, norm, keep), ""
-    raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
+            norm = graph.node("ReduceL2", patches.tokens(graph), graph.constant([-1]), keepdims=0)
+            left = (_keep(graph, method, patches, norm, keep),)
+        case _:
+            raise NotImplementedError(f"no graph is known for the token reduction {reduction.method!r}")
+    return patches.behind_front(graph, *left), ""
 
 
 def top_k(graph: GraphWriter, score: str, keep: int) -> str:
@@ -85,7 +102,7 @@ def _keep(graph: GraphWriter, method: str, patches: Patches, score: str, keep: i
     """The patches of the highest scores, (B, keep, D)."""
     order = top_k(graph, score, keep)
     graph.note(ReductionNote(method, patches.count, keep, order))
-    return take(graph, patches.tokens, order)
+    return take(graph, patches.tokens(graph), order)
 
 
 def _sorted(graph: GraphWriter, score: str, keep: int) -> tuple[str, str]:
@@ -143,101 +160,117 @@ def _average(graph: GraphWriter, tokens: str, score: str) -> str:
 
 
 def _put(graph: GraphWriter, destinations: str, count: int) -> str:
-    """One-hot rows as a product's left side, (B, count, r): a product exports everywhere, scattering does not."""
+    """One-hot rows, (B, r, count). Their product takes things where they go: it exports everywhere, scattering does not."""
     values = graph.weight("zero_and_one", np.array([0, 1], dtype=np.float32))
-    one_hot = graph.node("OneHot", destinations, graph.constant([count]), values, axis=-1)
-    return graph.node("Transpose", one_hot, perm=[0, 2, 1])
+    return graph.node("OneHot", destinations, graph.constant([count]), values, axis=-1)
+
+
+def _across(graph: GraphWriter, x: str) -> str:
+    """(B, n, m) -> (B, m, n); ONNX Runtime makes it a part of the product that follows."""
+    return graph.node("Transpose", x, perm=[0, 2, 1])
 
 
 def _normalised(graph: GraphWriter, x: str) -> str:
     return graph.node("LpNormalization", x, axis=-1, p=2)
 
 
-def _of_keys(graph: GraphWriter, patches: Patches) -> str:
-    """Bolya et al., ICLR 2023, section 3: cosine of the keys of every second patch and of the others, (B, M // 2, ·)."""
-    return _products(graph, _normalised(graph, patches.mean_keys(graph)), patches.count)
+@dataclass(frozen=True, slots=True)
+class _Likeness:
+    """How much every odd patch is like the even ones, (B, M // 2, (M + 1) // 2).
 
-
-def _by_criteria(graph: GraphWriter, patches: Patches) -> str:
-    """Lee et al., CVPR 2024, section 3.1: the product of likeness and both patches' readiness, likewise.
-
-    With readiness r it is (cosine + 1) r r', so patches are divided by their length as r is multiplied in, and no copy of them
-    is made for the 1.
+    weight: what a row of it is to be multiplied by before rows are compared, (B, M // 2); "" for nothing.
     """
-    told = graph.node("Max", patches.class_attention(graph), graph.scalar("tiny", TINY))
-    ready = graph.node("Pow", told, graph.scalar("information", -INFORMATION))
-    ready = graph.node("Unsqueeze", ready, graph.constant([-1]))
+
+    of_pairs: str
+    weight: str = ""
+
+
+def _of_keys(graph: GraphWriter, patches: Patches) -> _Likeness:
+    """Bolya et al., ICLR 2023, section 3: cosine of the keys."""
+    found, looking = patches.halves(graph, _normalised(graph, patches.mean_keys(graph)))
+    return _Likeness(graph.node("MatMul", looking, _across(graph, found)))
+
+
+def _by_criteria(graph: GraphWriter, patches: Patches) -> _Likeness:
+    """Lee et al., CVPR 2024, section 3.1: the product of likeness and both patches' readiness.
+
+    With readiness r it is (cosine + 1) r r'. What multiplies a row is left for later, and lengths are divided by behind the
+    product, of which there is less than of tokens.
+    """
+    tiny, every = graph.scalar("tiny", TINY), patches.count
+    squares = graph.node("ReduceSum", graph.node("Mul", patches.x, patches.x), graph.constant([-1]), keepdims=0)
+    inverse = graph.node("Reciprocal", graph.node("Sqrt", graph.node("Add", squares, tiny)))  # of the lengths, (B, N)
+    of_found, of_looking = patches.halves(graph, inverse)
+    ready = graph.node(
+        "Pow", graph.node("Max", patches.class_attention(graph), tiny), graph.scalar("information", -INFORMATION)
+    )
     if patches.sizes:
-        ready = graph.node("Mul", ready, graph.node("Pow", patches.sizes, graph.scalar("size", -SIZE)))
-    length = graph.node("ReduceL2", patches.tokens, graph.constant([-1]), keepdims=1)
-    factor = graph.node("Div", ready, graph.node("Max", length, graph.scalar("tiny", TINY)))
-    cosines = _products(graph, graph.node("Mul", patches.tokens, factor), patches.count)
-    return graph.node("Add", cosines, _products(graph, ready, patches.count))
+        sizes = graph.slice(patches.sizes, patches.num_prefix, patches.num_prefix + every, axis=1)
+        by_size = graph.node("Pow", graph.node("Reshape", sizes, graph.constant([0, -1])), graph.scalar("size", -SIZE))
+        ready = graph.node("Mul", ready, by_size)
+    ready_found, ready_looking = (graph.slice(ready, each, every, axis=1, step=2) for each in (0, 1))
+    factor = graph.node("Unsqueeze", graph.node("Mul", of_found, ready_found), graph.constant([1]))  # (B, 1, ·)
+    found, looking = patches.halves(graph, patches.x)
+    cosines = graph.node("MatMul", looking, _across(graph, found))
+    cosines = graph.node("Mul", cosines, graph.node("Unsqueeze", of_looking, graph.constant([-1])))
+    ready_found = graph.node("Unsqueeze", ready_found, graph.constant([1]))
+    return _Likeness(graph.node("Add", graph.node("Mul", cosines, factor), ready_found), ready_looking)
 
 
-def _products(graph: GraphWriter, features: str, count: int) -> str:
-    """Of every second patch and the others, (B, count // 2, (count + 1) // 2)."""
-    found, looking = _halves(graph, features, count)
-    return graph.node("MatMul", looking, graph.node("Transpose", found, perm=[0, 2, 1]))
-
-
-def _merge_likest(graph: GraphWriter, method: str, patches: Patches, similarity: str, num_merged: int) -> tuple[str, str]:
-    """Bolya et al., ICLR 2023, section 3: the pairs that are most alike, by (B, M // 2, (M + 1) // 2)."""
+def _merge_likest(graph: GraphWriter, method: str, patches: Patches, likeness: _Likeness, num_merged: int) -> tuple[str, str]:
+    """Bolya et al., ICLR 2023, section 3: the pairs that are most alike. All tokens, and their sizes."""
     count = patches.count
     num_found, num_looking = (count + 1) // 2, count // 2
-    best = graph.node("ReduceMax", similarity, graph.constant([-1]), keepdims=0)
-    nearest = graph.node("ArgMax", similarity, axis=-1, keepdims=0)
+    best = graph.node("ReduceMax", likeness.of_pairs, graph.constant([-1]), keepdims=0)
+    if likeness.weight:
+        best = graph.node("Mul", best, likeness.weight)
+    nearest = graph.node("ArgMax", likeness.of_pairs, axis=-1, keepdims=0)
     _, order = _sorted(graph, best, num_looking)
-    sources = graph.slice(order, 0, num_merged, axis=1)
-    unmatched = graph.slice(order, num_merged, num_looking, axis=1)
     graph.note(ReductionNote(method, count, count - num_merged, order, nearest))
-    put = _put(graph, take(graph, nearest, sources), num_found)  # (B, found, r)
-
-    found = graph.slice(patches.tokens, 0, count, axis=1, step=2)
-    merged, left = (take(graph, patches.tokens, _odd(graph, each)) for each in (sources, unmatched))
+    sources, unmatched = (graph.slice(order, *ends, axis=1) for ends in ((0, num_merged), (num_merged, num_looking)))
+    found, looking = patches.halves(graph, patches.x)
+    merged, left = (take(graph, looking, each) for each in (sources, unmatched))
+    destinations = graph.node("Unsqueeze", take(graph, nearest, sources), graph.constant([1]))  # (B, 1, r)
+    numbers = graph.weight(f"numbers_to_{num_found}", np.arange(num_found)[:, None])
+    # As `_put`, with what it is multiplied by already across; (B, found, r).
+    put = graph.node("Cast", graph.node("Equal", numbers, destinations), to=TensorProto.FLOAT)
+    before = graph.scalar("one", 1)
     if patches.sizes:
-        before = graph.slice(patches.sizes, 0, count, axis=1, step=2)
-        brought, kept = (take(graph, patches.sizes, _odd(graph, each)) for each in (sources, unmatched))
-        put = graph.node("Mul", put, graph.node("Transpose", brought, perm=[0, 2, 1]))
-    else:
-        before = graph.scalar("one", 1)
-        is_one = graph.node("GreaterOrEqual", unmatched, graph.constant([0]))
-        kept = graph.node("Unsqueeze", graph.node("Cast", is_one, to=TensorProto.FLOAT), graph.constant([-1]))
+        before, of_looking = patches.halves(graph, patches.sizes)
+        brought, kept = (take(graph, of_looking, each) for each in (sources, unmatched))
+        put = graph.node("Mul", put, graph.node("Reshape", brought, graph.constant([0, 1, -1])))
     # A mean weighted by size; the weights are divided by their sum, for they are fewer than the features.
-    now = graph.node("Add", before, graph.node("ReduceSum", put, graph.constant([-1]), keepdims=1))
+    now = graph.node("Add", before, graph.node("ReduceSum", put, graph.constant([-1]), keepdims=1))  # (B, found, 1)
     of_found = graph.node("Mul", found, graph.node("Div", before, now))
     total = graph.node("Add", of_found, graph.node("MatMul", graph.node("Div", put, now), merged))
-    return graph.node("Concat", left, total, axis=1), graph.node("Concat", kept, now, axis=1)
+    if patches.sizes:
+        front = [graph.slice(patches.sizes, 0, patches.num_prefix, axis=1)] if patches.num_prefix else []
+        new_sizes = graph.node("Concat", *front, kept, now, axis=1)
+    else:  # all others are still one patch
+        ones = patches.num_prefix + num_looking - num_merged
+        new_sizes = graph.node("Pad", now, graph.constant([0, ones, 0, 0, 0, 0]), graph.scalar("one", 1))
+    return patches.behind_front(graph, left, total), new_sizes
 
 
-def _odd(graph: GraphWriter, index: str) -> str:
-    """Which patch the one is of every second, int64."""
-    return graph.node("Add", graph.node("Mul", index, graph.constant([2])), graph.constant([1]))
-
-
-def _halves(graph: GraphWriter, x: str, count: int) -> tuple[str, str]:
-    """Even and odd patches."""
-    return graph.slice(x, 0, count, axis=1, step=2), graph.slice(x, 1, count, axis=1, step=2)
-
-
-def _fuse(graph: GraphWriter, patches: Patches, order: str, score: str, keep: int) -> str:
+def _fuse(graph: GraphWriter, patches: Patches, order: str, score: str, keep: int) -> tuple[str, str]:
     """Liang et al., ICLR 2022, section 3.2."""
     kept = graph.slice(order, 0, keep - 1, axis=1)
     rest = graph.slice(order, keep - 1, patches.count, axis=1)
-    fused = _average(graph, take(graph, patches.tokens, rest), graph.slice(score, keep - 1, patches.count, axis=1))
-    return graph.node("Concat", take(graph, patches.tokens, kept), fused, axis=1)
+    tokens = patches.tokens(graph)
+    fused = _average(graph, take(graph, tokens, rest), graph.slice(score, keep - 1, patches.count, axis=1))
+    return take(graph, tokens, kept), fused
 
 
 def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str:
     """Wei et al., CVPR 2023, equations 5 to 7."""
-    kept = take(graph, patches.tokens, graph.slice(order, 0, keep, axis=1))
-    rest = take(graph, patches.tokens, graph.slice(order, keep, patches.count, axis=1))
-    transposed = graph.node("Transpose", _normalised(graph, kept), perm=[0, 2, 1])
-    cosine = graph.node("MatMul", _normalised(graph, rest), transposed)
+    tokens = patches.tokens(graph)
+    kept = take(graph, tokens, graph.slice(order, 0, keep, axis=1))
+    rest = take(graph, tokens, graph.slice(order, keep, patches.count, axis=1))
+    cosine = graph.node("MatMul", _normalised(graph, rest), _across(graph, _normalised(graph, kept)))
     share = graph.node("Exp", graph.node("ReduceMax", cosine, graph.constant([-1]), keepdims=1))  # (B, r, 1)
     nearest = graph.node("ArgMax", cosine, axis=-1, keepdims=0)
     graph.note(ReductionNote("tps", patches.count, keep, order, nearest))
-    put = _put(graph, nearest, keep)
+    put = _across(graph, _put(graph, nearest, keep))
     own = graph.scalar("e", np.e)
     mixed = graph.node("Add", graph.node("Mul", kept, own), graph.node("MatMul", put, graph.node("Mul", rest, share)))
     return graph.node("Div", mixed, graph.node("Add", graph.node("MatMul", put, share), own))
@@ -245,20 +278,19 @@ def _squeeze(graph: GraphWriter, patches: Patches, order: str, keep: int) -> str
 
 def _pool_clusters(graph: GraphWriter, patches: Patches, keep: int) -> str:
     """Marin et al., WACV 2023: k-medoids, its rounds written one after the other."""
-    x, score = patches.tokens, patches.attention_received(graph)
+    x, score = patches.tokens(graph), patches.attention_received(graph)
     distance = _distances(graph, x)
     share = graph.node("Unsqueeze", score, graph.constant([-1]))  # (B, M, 1)
     medoids = top_k(graph, score, keep)
     far = graph.scalar("far", float(np.finfo(np.float32).max) / 4)
     for _ in range(CLUSTER_ROUNDS):
-        put = _put(graph, _nearest(graph, distance, medoids), keep)
-        members = graph.node("Transpose", put, perm=[0, 2, 1])  # (B, M, keep)
+        members = _put(graph, _nearest(graph, distance, medoids), keep)  # (B, M, keep)
         cost = graph.node("MatMul", distance, graph.node("Mul", members, share))
         foreign = graph.node("Mul", graph.node("Sub", graph.scalar("one", 1), members), far)
         medoids = graph.node("ArgMin", graph.node("Add", cost, foreign), axis=1, keepdims=0)
     nearest = _nearest(graph, distance, medoids)
     graph.note(ReductionNote("token_pooling", patches.count, keep, nearest=nearest))
-    put = _put(graph, nearest, keep)
+    put = _across(graph, _put(graph, nearest, keep))
     total = graph.node("Max", graph.node("MatMul", put, share), graph.scalar("tiny", TINY))
     return graph.node("Div", graph.node("MatMul", put, graph.node("Mul", x, share)), total)
 

@@ -168,13 +168,7 @@ class _VitGraph(GraphWriter):
         x = self.node("Add", self.slice(tokens.x, 0, num_prefix, axis=1) if prefix_only else tokens.x, attended)
         count, sizes = (num_prefix if prefix_only else tokens.count), tokens.sizes
         if module.reduction is not None and not prefix_only:
-            front = self.slice(x, 0, num_prefix, axis=1)
-            left, left_sizes = reduce_patches(self, module.reduction, patches(self.slice(x, num_prefix, count, axis=1)))
-            x = self.node("Concat", front, left, axis=1) if num_prefix else left
-            sizes = ""
-            if left_sizes:
-                pads = self.constant([0, num_prefix, 0, 0, 0, 0])
-                sizes = self.node("Pad", left_sizes, pads, self.scalar("one", 1)) if num_prefix else left_sizes
+            x, sizes = reduce_patches(self, module.reduction, patches(x))
             count = num_prefix + module.reduction.keep
         return _Tokens(self.mlp(module, name, x), sizes, count)
 
@@ -241,8 +235,8 @@ class _VitGraph(GraphWriter):
             if module.attn.proj_l is not None:
                 weights = self.across_heads(f"{name}.proj_l", module.attn.proj_l, weights)
             if tokens.sizes:  # proportional attention: + log(size) of what is looked at
-                looked_at = self.node("Transpose", self.node("Log", tokens.sizes), perm=[0, 2, 1])  # (B, 1, N)
-                weights = self.node("Add", weights, self.node("Unsqueeze", looked_at, self.constant([1])))
+                looked_at = self.node("Reshape", self.node("Log", tokens.sizes), self.constant([0, 1, 1, -1]))
+                weights = self.node("Add", weights, looked_at)
             weights = self.node("Softmax", weights, axis=-1)
             talked = weights
             if module.attn.proj_w is not None:
@@ -253,8 +247,7 @@ class _VitGraph(GraphWriter):
         attended = self.linear(f"{name}.proj", mixed, *_matrix(module.attn.proj))
 
         def patches(of: str) -> Patches:
-            sizes = self.slice(tokens.sizes, num_prefix, tokens.count, axis=1) if tokens.sizes else ""
-            return Patches(of, sizes, weights, k, heads, num_prefix, tokens.count - num_prefix)
+            return Patches(of, tokens.sizes, weights, k, heads, num_prefix, tokens.count - num_prefix)
 
         return attended, patches
 
