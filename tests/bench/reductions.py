@@ -88,6 +88,8 @@ class Lessons:
         if self.photos is None:
             raise ValueError("there is nothing to learn from")
         made_from = hashlib.sha256(repr((self.network, str(schedule), self.photos.sha256, RecoveryConfig())).encode())
+        for value in teacher.state_dict().values():
+            made_from.update(value.numpy().tobytes())
         kept = None if self.folder is None else self.folder / f"{made_from.hexdigest()[:16]}.pt"
         if kept is not None and kept.exists():
             found = torch.load(kept, weights_only=True)
@@ -111,7 +113,7 @@ def main() -> int:
     parser.add_argument("--reduce", action="append", default=[])
     parser.add_argument("--reduce-small", action="append", default=[], help="the DeiT-S, block by block")
     parser.add_argument("--recover", type=Path, help="photographs to learn from, none of them a test image")
-    parser.add_argument("--keep", type=Path, help="what was learned, by network, schedule and photographs")
+    parser.add_argument("--keep", type=Path, help="what was learned, by weights, schedule and photographs")
     parser.add_argument("--target-agreement", type=float, default=QuantizationConfig().target_agreement)
     parser.add_argument("--max-fp32-share", type=float, default=QuantizationConfig().max_fp32_share)
     parser.add_argument("--rounds", type=int, default=9)

@@ -22,16 +22,6 @@ IMAGES = torch.randn(3, 3, CONFIG.image_size, CONFIG.image_size, generator=torch
 
 
 @pytest.fixture
-def teacher() -> MultiExitViT:
-    """Of random weights, larger than usual, so that blocks change their tokens."""
-    torch.manual_seed(0)
-    model = MultiExitViT(CONFIG, BOUNDARIES)
-    for value in model.parameters():
-        value.data.mul_(3) if value.ndim > 1 else value.data.add_(0.1)
-    return model.eval()
-
-
-@pytest.fixture
 def student(teacher: MultiExitViT) -> MultiExitViT:
     """The same, which merges behind its first block and again behind its second."""
     model = copy.deepcopy(teacher)

@@ -31,16 +31,6 @@ def silent(steps: Sequence[int], _: str) -> Iterable[int]:
 
 
 @pytest.fixture
-def teacher() -> MultiExitViT:
-    """Of random weights, larger than usual, so that its answers differ from image to image."""
-    torch.manual_seed(0)
-    model = MultiExitViT(CONFIG, ZOO["test_vit"].boundaries)
-    for value in model.parameters():
-        value.data.mul_(3) if value.ndim > 1 else value.data.add_(0.1)
-    return model.eval()
-
-
-@pytest.fixture
 def student(teacher: MultiExitViT) -> MultiExitViT:
     """The same with two patches of sixteen behind the first block."""
     model = copy.deepcopy(teacher)
