@@ -87,8 +87,7 @@ def _resize_and_crop(picture: Picture, spec: PreprocessSpec) -> NDArray[np.uint8
         size = (crop_height, crop_width) if picture.turn is not None and picture.turn.swaps else (crop_width, crop_height)
         gap = REDUCING_GAP if picture.scale == 1 else None  # one approximation at a time: the decoder reduced it already
         cut = picture.image.resize(size, _FILTERS[spec.interpolation], box, gap)
-    image = picture.upright(cut)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return picture.pixels(cut)
 
 
 def _offset(margin: int, spec: PreprocessSpec) -> int:
