@@ -12,6 +12,8 @@ from app.errors import InvalidRequest
 from models.manifest import BALANCED, FULL, Certificate, VariantSpec
 
 DOWN_AFTER_S = 0.1  # of a long wait without a break; what a step changes is seen after a few batches
+TIGHT = 0.6  # of a time budget: where more of it is needed, the next ones may have to be refused
+TIGHT_AFTER_S = 0.02  # of that: those in front keep the point they came at, so it goes on for a while
 UP_AFTER_S = 2.0
 CALM = 0.25
 MAX_UP_AFTER_S = 32.0  # after a step up that had to be taken back the next one waits twice as long, up to this
@@ -108,6 +110,7 @@ class QualityController:
         self._stepped_at = self._not_low_at = clock()
         self._raised_at = -math.inf
         self._high_since: float | None = None
+        self._tight_since: float | None = None
         self._up_after_s = UP_AFTER_S
 
     @property
@@ -120,23 +123,23 @@ class QualityController:
         """How far below the default that is."""
         return self._current - self._default
 
-    def observe(self, pressure: float) -> None:
-        """How long a request would wait now, as a share of what is bearable.
+    def observe(self, pressure: float, needed: float = 0.0) -> None:
+        """What a request meets that comes now.
 
-        Above 1 for `DOWN_AFTER_S` without a break: a step down, another after as long. Below `CALM` for `UP_AFTER_S`: one up.
+        `pressure` above 1 for `DOWN_AFTER_S` without a break, or `needed` above `TIGHT` for `TIGHT_AFTER_S`: a step down,
+        another after as long. `pressure` below `CALM` and `needed` below `TIGHT` for `UP_AFTER_S`: one up.
+
+        Args:
+            pressure: how long it would wait, as a share of what is bearable.
+            needed: how much of its time budget must be left for it not to be refused, as a share of that.
         """
         now = self._clock()
-        if pressure > 1:
+        self._high_since = _since(self._high_since, pressure > 1, now)
+        self._tight_since = _since(self._tight_since, needed > TIGHT, now)
+        if pressure > CALM or needed > TIGHT:
             self._not_low_at = now
-            self._high_since = now if self._high_since is None else self._high_since
-            if self._current < self._floor and now - max(self._stepped_at, self._high_since) >= DOWN_AFTER_S:
-                if now - self._raised_at < self._up_after_s:
-                    self._up_after_s = min(2 * self._up_after_s, MAX_UP_AFTER_S)
-                self._current, self._stepped_at, self._raised_at = self._current + 1, now, -math.inf
-        else:
-            self._high_since = None
-            if pressure > CALM:
-                self._not_low_at = now
+        if self._lasts(self._high_since, DOWN_AFTER_S, now) or self._lasts(self._tight_since, TIGHT_AFTER_S, now):
+            self._step_down(now)
         while self._current > self._default and now - max(self._not_low_at, self._stepped_at) >= self._up_after_s:
             self._current -= 1
             self._stepped_at = self._raised_at = max(self._not_low_at, self._stepped_at) + self._up_after_s
@@ -154,3 +157,18 @@ class QualityController:
         last = floor if floor is not None else (self._floor if wanted is None else wanted)
         last = max(start, min(last, self._floor))
         return min(max(start, self._current), last), last
+
+    def _lasts(self, since: float | None, seconds: float, now: float) -> bool:
+        """Whether something has gone on for so long, and for so long since the last step."""
+        return since is not None and now - max(self._stepped_at, since) >= seconds
+
+    def _step_down(self, now: float) -> None:
+        if self._current < self._floor:
+            if now - self._raised_at < self._up_after_s:
+                self._up_after_s = min(2 * self._up_after_s, MAX_UP_AFTER_S)
+            self._current, self._stepped_at, self._raised_at = self._current + 1, now, -math.inf
+
+
+def _since(since: float | None, goes_on: bool, now: float) -> float | None:
+    """Since when without a break."""
+    return (now if since is None else since) if goes_on else None

@@ -75,7 +75,7 @@ class RuntimeSettings(_Section):
     bend_above_ms: PositiveFloat = Field(
         200.0,
         description="Expected time to an answer above which requests are taken down a point, in milliseconds; "
-        "or half their time budget.",
+        "or half their time budget; sooner where refusals are near.",
     )
     instances: int = Field(0, ge=0, description="Backend instances, one thread each; 0: one per CPU of the quota.")
     intra_op_threads: PositiveInt = Field(1, description="ONNX Runtime threads of one instance.")

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from app.errors import InvalidRequest
 from app.exits import ExitPolicy
-from app.quality import DOWN_AFTER_S, UP_AFTER_S, Ladder, QualityController
+from app.quality import DOWN_AFTER_S, TIGHT_AFTER_S, UP_AFTER_S, Ladder, QualityController
 from models.manifest import Certificate, ExitSpec, HardwareTarget, OperatingPoint, VariantSpec
 from tests.fakes import Clock
 
@@ -199,3 +199,35 @@ def test_one_long_wait_among_short_ones_changes_nothing(clock: Clock) -> None:
         clock.advance(DOWN_AFTER_S)
         quality.observe(0.9)
     assert quality.current == 0
+
+
+def test_where_refusals_are_near_it_goes_down_sooner(clock: Clock) -> None:
+    """Those in front keep their points, so a step that waits for a long wait comes too late for some; one spike is none."""
+    quality = controller(clock)
+    seen = []
+    for _ in range(4):
+        quality.observe(0.9, needed=0.8)
+        seen.append(quality.current)
+        clock.advance(1.5 * TIGHT_AFTER_S)
+    assert seen == [0, 1, 2, 2]
+    spiky = controller(clock)
+    for _ in range(20):
+        clock.advance(TIGHT_AFTER_S)
+        spiky.observe(0.9, needed=0.8)
+        clock.advance(TIGHT_AFTER_S)
+        spiky.observe(0.9, needed=0.5)
+    assert spiky.current == 0
+
+
+def test_nothing_is_taken_back_while_refusals_are_near(clock: Clock) -> None:
+    """Where answers come late now and then, a short wait alone does not say that there is time to spare."""
+    quality = controller(clock)
+    press(quality, clock, 2)
+    for _ in range(10):
+        clock.advance(UP_AFTER_S / 2)
+        quality.observe(0.1, needed=0.8)
+    assert quality.current == 2
+    for _ in range(3):
+        clock.advance(UP_AFTER_S / 2)
+        quality.observe(0.1, needed=0.5)
+    assert quality.current == 1

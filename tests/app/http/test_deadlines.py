@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.loaded_model import LoadedModel
+from app.scheduling.forecast import Forecast
 from app.settings import Settings
 from tests.app.http.served import (
     JPEG,
@@ -201,6 +203,27 @@ async def test_quality_is_bent_before_a_request_is_refused(
                     gate.release()
                     answers = [check_answer(await each).quality for each in (first, patient, hasty)]
         assert answers == ["full", "full", "balanced"]
+
+
+async def test_quality_is_bent_where_refusals_are_near(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of requests that would be in time: those after them might not be. Who comes alone is never refused."""
+    settings = make_settings(
+        tiny_repository,
+        runtime={"quality": "full", "min_quality": "balanced", "bend_above_ms": 1e6},
+        http={"request_timeout_s": 60},
+    )
+    async with running(settings) as served:
+        model = served.service.registry.get()
+        monkeypatch.setattr(model.forecast, "needed_s", lambda _: 7.0)
+        began_at, looks = model.quality._clock(), itertools.count()
+        monkeypatch.setattr(model.quality, "_clock", lambda: began_at + 0.05 * next(looks))
+
+        async def ask(*, busy: bool) -> str:
+            monkeypatch.setattr(Forecast, "busy", busy)
+            return check_answer(await served.classify(JPEG, params={"timeout_ms": 10_000})).quality
+
+        assert [await ask(busy=False) for _ in range(3)] == ["full"] * 3
+        assert [await ask(busy=True) for _ in range(3)] == ["full", "balanced", "balanced"]
 
 
 async def test_many_images_in_one_request_are_no_pressure(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
