@@ -102,9 +102,9 @@ class LoadedModel:
         predicted_s = forecast.predict_s(images, asked)
         # What others leave to wait for counts, not how much this request brings itself.
         alone_s = predicted_s if images == 1 else forecast.predict_s(1, asked)
-        had_s = max(budget_s, MIN_BUDGET_S)
-        pressure = forecast.expected_s(alone_s) / min(self.bend_above_s, BEARABLE * had_s)
-        self.quality.observe(pressure, forecast.needed_s(alone_s) / had_s if forecast.busy else 0.0)
+        shared_s = max(budget_s, MIN_BUDGET_S)  # what pressure is told in shares of
+        pressure = forecast.expected_s(alone_s) / min(self.bend_above_s, BEARABLE * shared_s)
+        self.quality.observe(pressure, forecast.needed_s(alone_s) / shared_s if forecast.busy else 0.0)
         point, last = self.quality.range(wanted, floor)
         if point != asked:
             predicted_s = forecast.predict_s(images, point)

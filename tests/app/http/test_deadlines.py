@@ -178,16 +178,20 @@ async def test_each_client_has_a_quota_where_there_are_any(tiny_repository: Path
         served.assert_nothing_in_flight()
 
 
+def bent_by_refusals_alone(repository: Path) -> Settings:
+    """From `full` to `balanced`, and never because the wait as such is long."""
+    return make_settings(
+        repository,
+        runtime={"quality": "full", "min_quality": "balanced", "bend_above_ms": 1e6},
+        http={"request_timeout_s": 60},
+    )
+
+
 async def test_quality_is_bent_before_a_request_is_refused(
     tiny_repository: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where only a faster point can be in time, it is used, though the load as a whole does not ask for it yet."""
-    settings = make_settings(
-        tiny_repository,
-        runtime={"quality": "full", "min_quality": "balanced", "bend_above_ms": 1e6},
-        http={"request_timeout_s": 60},
-    )
-    async with running(settings) as served:
+    async with running(bent_by_refusals_alone(tiny_repository)) as served:
         model = served.service.registry.get()
         monkeypatch.setattr(model.forecast, "predict_s", lambda _, point: (20.0, 5.0)[point])
         monkeypatch.setattr(model.forecast, "needed_s", lambda predicted_s: predicted_s)
@@ -207,12 +211,7 @@ async def test_quality_is_bent_before_a_request_is_refused(
 
 async def test_quality_is_bent_where_refusals_are_near(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of requests that would be in time: those after them might not be. Who comes alone is never refused."""
-    settings = make_settings(
-        tiny_repository,
-        runtime={"quality": "full", "min_quality": "balanced", "bend_above_ms": 1e6},
-        http={"request_timeout_s": 60},
-    )
-    async with running(settings) as served:
+    async with running(bent_by_refusals_alone(tiny_repository)) as served:
         model = served.service.registry.get()
         monkeypatch.setattr(model.forecast, "needed_s", lambda _: 7.0)
         began_at, looks = model.quality._clock(), itertools.count()
