@@ -124,7 +124,7 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
     chosen = candidates.pop(choice.name)
     for backend in candidates.values():
         backend.close()
-    run_times = time_stages(chosen, manifest.stages, batch_sizes=sorted({1, batch_size}), instances=profile.instances)
+    run_times = time_stages(chosen, manifest.stages, batch_sizes=_batch_sizes(batch_size), instances=profile.instances)
     # With one ONNX Runtime thread the calling thread does all the work, so instances can share sessions, and weights
     # lie in memory once. With more, each needs a thread pool of its own.
     shared = profile.intra_op_threads == 1
@@ -155,8 +155,13 @@ def _open_model(store: ModelStore, name: str, version: int | None, settings: Set
 def _open_backend(stored: StoredModel, variant: str, profile: TargetProfile, batch_size: int) -> OrtBackend:
     backend = OrtBackend(stored.directory, stored.manifest, variant, profile)
     verify_golden(backend, stored.directory, stored.manifest, variant)
-    backend.warm_up(sorted({1, batch_size}))
+    backend.warm_up(_batch_sizes(batch_size))
     return backend
+
+
+def _batch_sizes(most: int) -> list[int]:
+    """What is timed: one image, twice as many each time, and a full batch."""
+    return [*(2**power for power in range((most - 1).bit_length())), most]
 
 
 def _allowed_variants(stored: StoredModel, wanted: str, profile: TargetProfile) -> list[str]:

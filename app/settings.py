@@ -55,7 +55,11 @@ class LimitSettings(_Section):
 
 
 class BatchingSettings(_Section):
-    max_batch_size: PositiveInt = Field(8, description="Most images in one run of a stage.")
+    max_batch_size: PositiveInt = Field(
+        8,
+        description="Most images in one run of a stage; fewer where a run is long and an image costs no less in a larger one "
+        "(docs/adr/0025).",
+    )
     max_queue_delay_s: NonNegativeFloat = Field(
         0.0, description="Longest wait for a fuller batch while an instance is free, in seconds (docs/adr/0001)."
     )

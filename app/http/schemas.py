@@ -108,6 +108,7 @@ class QualityBody(BaseModel):
 class StageCostBody(BaseModel):
     """What a run of a stage takes lately: a fixed time, and one for each image."""
 
+    batch_size: int = Field(description="Most images in a run.")
     fixed_ms: float
     per_image_ms: float
 

@@ -78,7 +78,7 @@ def time_stages(
     instances: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[RunTime]]:
-    """What a run of each stage takes at each batch size with all instances busy: medians of a few rounds.
+    """What a run of each stage takes at each batch size with all instances busy: medians of a few rounds, in turn.
 
     Args:
         backend: warmed up at these sizes.
@@ -89,15 +89,15 @@ def time_stages(
     started = clock()
     with ThreadPoolExecutor(instances) as threads:
         for index, stage in enumerate(stages):
-            times = []
-            for size in batch_sizes:
-                inputs = {t.name: _noise(t.shape, t.dtype, size) for t in stage.inputs}
-                seconds: list[float] = []
-                while not seconds or (len(seconds) < MIN_ROUNDS and clock() - started < TIME_BUDGET_S):
-                    jobs = [threads.submit(_timed, backend, index, inputs, clock) for _ in range(instances)]
-                    seconds += [job.result() for job in jobs]
-                times.append(RunTime(size, statistics.median(seconds)))
-            found.append(times)
+            inputs = {size: {t.name: _noise(t.shape, t.dtype, size) for t in stage.inputs} for size in batch_sizes}
+            seconds: dict[int, list[float]] = {size: [] for size in batch_sizes}
+            for round_ in range(MIN_ROUNDS):
+                if round_ and clock() - started > TIME_BUDGET_S:
+                    break
+                for size, arrays in inputs.items():
+                    jobs = [threads.submit(_timed, backend, index, arrays, clock) for _ in range(instances)]
+                    seconds[size] += [job.result() for job in jobs]
+            found.append([RunTime(size, statistics.median(times)) for size, times in seconds.items()])
     return found
 
 

@@ -8,12 +8,16 @@ batch of one while all batches are full.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from app.types import RunTime
 
 HALF_LIFE = 64  # runs
+QUICK_S = 0.02  # of a run: who waits for it, or leaves during it, loses little
+AROUND_S = 0.004  # of a longer run: what lies around it, and the caches that this leaves cold
+ENOUGH = 1.05  # times what an image costs in the largest batch
 SHARE_HALF_LIFE = 256  # images
 PRIOR_IMAGES = 8  # that went on everywhere, as long as few have been seen
 DECAY, SHARE_DECAY = 0.5 ** (1 / HALF_LIFE), 0.5 ** (1 / SHARE_HALF_LIFE)
@@ -84,7 +88,10 @@ class StageCosts:
 
     Args:
         known: what was measured of each stage at load.
-        max_batch_size: that a full batch has.
+        max_batch_size: most images in a batch.
+
+    Attributes:
+        batch_sizes: of a full batch, by stage: `max_batch_size`, or fewer where a run is long and more are not worth it.
     """
 
     def __init__(self, known: Sequence[Iterable[RunTime]], *, max_batch_size: int) -> None:
@@ -92,7 +99,7 @@ class StageCosts:
         self.curves = [CostCurve(runs) for runs in known]
         # What a batch gains by being fuller is best told by what was measured for that: under load sizes and times say little.
         self._at_load = [CostCurve(runs) if runs else curve for runs, curve in zip(known, self.curves, strict=True)]
-        self.max_batch_size = max_batch_size
+        self.batch_sizes = [_batch_size(curve, max_batch_size) for curve in self._at_load]
         self._seen = [float(PRIOR_IMAGES)] * len(self.curves)
         self._gone_on = [float(PRIOR_IMAGES)] * len(self.curves)
         self._remaining: dict[Way, list[float]] = {}  # since the last run; every request asks
@@ -121,19 +128,19 @@ class StageCosts:
             return known
         costs = [0.0] * len(self.curves)
         for stage in reversed(range(len(self.curves))):
-            costs[stage] = self.run_s(stage, self.max_batch_size) / self.max_batch_size
+            costs[stage] = self.run_s(stage, self.batch_sizes[stage]) / self.batch_sizes[stage]
             if (after := way.after[stage]) is not None:
                 costs[stage] += self._going_on(stage, way) * costs[after]
         self._remaining[way] = costs
         return costs
 
     def path_s(self, way: Way, images: int) -> float:
-        """How long an image is computed on its way, in batches of so many."""
+        """How long an image is computed on its way, in batches of so many, or in full ones that have fewer."""
         if (known := self._paths.get((way, images))) is not None:
             return known
         total, reaching, stage = 0.0, 1.0, way.first
         while True:
-            total += reaching * self.run_s(stage, images)
+            total += reaching * self.run_s(stage, min(images, self.batch_sizes[stage]))
             if (after := way.after[stage]) is None:
                 break
             reaching *= self._going_on(stage, way)
@@ -143,3 +150,13 @@ class StageCosts:
 
     def _going_on(self, stage: int, way: Way) -> float:
         return 1.0 if way.nobody_leaves[stage] else self._gone_on[stage] / self._seen[stage]
+
+
+def _batch_size(curve: CostCurve, most: int) -> int:
+    """The smallest one in which an image costs hardly more than in a full one, or a larger one where a run is quick anyway."""
+    if not curve.per_image_s:
+        return most
+    around_s = curve.fixed_s + AROUND_S
+    enough = around_s / (ENOUGH * (curve.per_image_s + around_s / most) - curve.per_image_s)
+    quick = (QUICK_S - curve.fixed_s) / curve.per_image_s
+    return min(most, max(math.ceil(enough), math.floor(quick)))

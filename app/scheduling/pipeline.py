@@ -38,7 +38,7 @@ class StagedPipeline:
         entries: stages that take that input: the first, and in a cascade the first of each further network. An image passes
             over networks in which its operating point lets nobody leave.
         model: the metrics' label.
-        max_batch_size: most images in one batch.
+        max_batch_size: most images in one batch; fewer where `run_times` say that more only take longer.
         max_queue_delay_s: longest wait for a fuller batch after the first image was queued; 0 does not wait.
         run_times: of each stage, as measured at load.
         spread: idle instances share what waits, so that a few images are not done one after the other beside idle cores.
@@ -61,10 +61,10 @@ class StagedPipeline:
         self._executor = executor
         self._input_name = input_name
         self._entries = entries
-        self._max_batch_size = max_batch_size
         self._max_queue_delay_s = max_queue_delay_s
         self._spread = spread
         self.costs = StageCosts(run_times or [()] * policy.num_stages, max_batch_size=max_batch_size)
+        self._batch_sizes = self.costs.batch_sizes
         self._jumps = [
             [policy.jump(stage, entries, point) for stage in range(policy.num_stages)] for point in range(policy.num_points)
         ]
@@ -72,7 +72,15 @@ class StagedPipeline:
         self._needed = [[_needed(way, stage) for stage in range(policy.num_stages)] for way in self._ways]
         self._decode_s = self._decode_weight = 0.0  # sums in which old images count less
         self._rules = Rules(
-            policy, input_name, self._next_stage, self._compute_s, self._mean_decode_s, self._goes_on, self._join, self._report
+            policy,
+            input_name,
+            self._batch_sizes,
+            self._next_stage,
+            self._compute_s,
+            self._mean_decode_s,
+            self._goes_on,
+            self._join,
+            self._report,
         )
         self._metrics = [_StageMetrics(metrics, model, stage) for stage in range(policy.num_stages)]
         self._queues: list[deque[WorkItem]] = [deque() for _ in range(policy.num_stages)]
@@ -114,7 +122,7 @@ class StagedPipeline:
                 before_s += waiting * (costs[stage] + (decode_s if stage in self._entries else 0.0))
         for trip in tuple(self._trips):
             before_s += 0.5 * len(trip.aboard) * costs[trip.stage]
-        batch = min(len(self._queues[way.first]) + more, self.costs.max_batch_size)
+        batch = min(len(self._queues[way.first]) + more, self._batch_sizes[way.first])
         before_s += (more - batch) * (costs[way.first] + decode_s)
         return max(0.0, before_s) / instances, self.costs.path_s(way, batch) + batch * decode_s
 
@@ -172,7 +180,7 @@ class StagedPipeline:
     def _enqueue(self, item: WorkItem, stage: int) -> None:
         queue = self._queues[stage]
         queue.append(item)
-        if not self._max_queue_delay_s or len(queue) >= self._max_batch_size:
+        if not self._max_queue_delay_s or len(queue) >= self._batch_sizes[stage]:
             self._executor.wake()
         if self._max_queue_delay_s and self._loop is not None:
             # Also where the batch is full: it may stay behind. A timer may come early, and then nobody would look again.
@@ -252,7 +260,7 @@ class StagedPipeline:
             if stage is None:
                 return None
             self._turns[stage] = max(self._turns) + 1
-            batch = _pop(self._queues[stage], min(-(-len(self._queues[stage]) // shares), self._max_batch_size))
+            batch = _pop(self._queues[stage], min(-(-len(self._queues[stage]) // shares), self._batch_sizes[stage]))
             if batch:  # else another instance was faster
                 trip = Trip(self._rules, stage, batch)
                 self._trips.add(trip)
@@ -267,14 +275,14 @@ class StagedPipeline:
                 since = queue[0].queued_at
             except IndexError:
                 continue
-            delay_s = self._max_queue_delay_s if len(queue) < self._max_batch_size else 0.0
+            delay_s = self._max_queue_delay_s if len(queue) < self._batch_sizes[stage] else 0.0
             if not delay_s or time.perf_counter() - since >= delay_s - TIMER_S:
                 chosen = stage
         return chosen
 
     def _join(self, stage: int, images: int) -> list[WorkItem]:
         """Who waits for a stage that so many go on to, as they do; in a cascade, images may wait that come from elsewhere."""
-        return [] if stage in self._entries else _pop(self._queues[stage], self._max_batch_size - images)
+        return [] if stage in self._entries else _pop(self._queues[stage], self._batch_sizes[stage] - images)
 
     def _report(self, trip: Trip, reports: list[Report]) -> None:
         if self._loop is None:
@@ -308,11 +316,11 @@ class StagedPipeline:
 
     def _goes_on(self, stage: int, item: WorkItem, images: int) -> bool:
         queue = self._queues[stage]
-        joined = 0 if stage in self._entries else min(len(queue), self._max_batch_size - images)
+        joined = 0 if stage in self._entries else min(len(queue), self._batch_sizes[stage] - images)
         if len(queue) == joined and not any(other for other in self._queues if other is not queue):
             return True  # nobody else waits for the instance, so what costs least for those aboard
         fixed_s = sum(map(self.costs.fixed_s, self._needed[item.point][stage]))
-        return fixed_s * (1 - (images + joined) / self._max_batch_size) <= HOP_S
+        return fixed_s * (1 - (images + joined) / self._batch_sizes[stage]) <= HOP_S
 
 
 class _StageMetrics:

@@ -52,6 +52,7 @@ class Rules:
     """By which the trips of a pipeline go; called on the instances' threads.
 
     Args:
+        batch_sizes: most images in a run, by stage.
         next_stage: where an item goes that is to go on to this stage.
         compute_s: seconds that an image needs at least from a stage on, at its operating point and in a batch of so many.
         decode_s: seconds that decoding an image takes.
@@ -62,6 +63,7 @@ class Rules:
 
     policy: ExitPolicy
     input_name: str
+    batch_sizes: Sequence[int]
     next_stage: Callable[[WorkItem, int], int]
     compute_s: Callable[[int, int, int], float]
     decode_s: Callable[[], float]
@@ -221,14 +223,14 @@ class Trip:
         self, report: Report, state: Mapping[str, Array], groups: Mapping[int, Sequence[int]]
     ) -> Mapping[str, Array] | None:
         aboard, rules = self.aboard, self._rules
-        stage, staying = max(groups.items(), key=lambda group: len(group[1]))
+        stage, survivors = max(groups.items(), key=lambda group: len(group[1]))
+        staying = survivors[: rules.batch_sizes[stage]]
         if not rules.goes_on(stage, aboard[staying[0]], len(staying)):
             staying = []
         for other, rows in groups.items():
-            if not (staying and other == stage):
-                for row in rows:
-                    aboard[row].inputs = {name: value[row] for name, value in state.items()}
-                    report.handed_on.append((aboard[row], other))
+            for row in rows[len(staying) if other == stage else 0 :]:
+                aboard[row].inputs = {name: value[row] for name, value in state.items()}
+                report.handed_on.append((aboard[row], other))
         if not staying:
             self.aboard = []
             return None

@@ -34,7 +34,7 @@ async def get_version(name: str, version: int, service: ServiceDep) -> ModelBody
 
 
 def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
-    manifest, registry = model.manifest, service.registry
+    manifest, registry, costs = model.manifest, service.registry, model.pipeline.costs
     is_default = registry.default_model is not None and registry.get() is model
     variant = manifest.variant(model.variant)
     return ModelBody(
@@ -52,8 +52,12 @@ def _body(service: InferenceService, model: LoadedModel) -> ModelBody:
         labels=list(model.labels),
         gmacs_by_stage=[round(stage.gmacs, 6) for stage in manifest.stages],
         stage_costs=[
-            StageCostBody(fixed_ms=round(1000 * curve.fixed_s, 4), per_image_ms=round(1000 * curve.per_image_s, 4))
-            for curve in model.pipeline.costs.curves
+            StageCostBody(
+                batch_size=size,
+                fixed_ms=round(1000 * curve.fixed_s, 4),
+                per_image_ms=round(1000 * curve.per_image_s, 4),
+            )
+            for size, curve in zip(costs.batch_sizes, costs.curves, strict=True)
         ],
         exits=[exit_.model_dump() for exit_ in variant.exits],
         qualities=[_quality(rung, default=index == model.default_point) for index, rung in enumerate(model.ladder)],

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from app.http.schemas import ModelBody, ModelsResponse
+from app.settings import BatchingSettings
 from models.manifest import MANIFEST_FILE, Certificate, ModelManifest
 from tests.app.http.served import MODEL, Served, check_problem, make_settings, running
 
@@ -31,6 +32,7 @@ async def test_a_model_tells_what_it_is_and_what_it_runs_on(served: Served, tiny
     assert "fp32" in model.variant_reason
     assert model.labels == (tiny_repository / MODEL / "1" / "labels.txt").read_text().split()
     assert (len(model.labels), len(manifest.stages)) == (model.classes, model.stages)
+    assert all(1 <= cost.batch_size <= BatchingSettings().max_batch_size for cost in model.stage_costs)
     assert [cost.fixed_ms + cost.per_image_ms > 0 for cost in model.stage_costs] == [True] * 3
     assert [pytest.approx(stage.gmacs, abs=1e-6) for stage in manifest.stages] == model.gmacs_by_stage
     assert [exit_.threshold for exit_ in manifest.variant("fp32").exits] == [exit_["threshold"] for exit_ in model.exits]

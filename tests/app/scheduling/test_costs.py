@@ -87,3 +87,22 @@ def test_the_fixed_part_is_that_measured_at_load() -> None:
     assert costs.fixed_s(0) == pytest.approx(1.0)
     assert costs.fixed_s(1) == pytest.approx(3.0)
     assert costs.curves[0].fixed_s != pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("fixed_s", "per_image_s", "most", "size"),
+    [
+        (0.0002, 0.001, 8, 8),  # eight are done in 8 ms: nobody waits for long
+        (0.0, 0.0001, 64, 64),
+        (0.0002, 0.001, 64, 36),
+        (0.0, 0.03, 8, 2),  # a long run, that costs by the image
+        (0.0, 0.03, 1, 1),
+        (0.002, 0.01, 8, 5),
+        (0.2, 0.03, 8, 8),  # a fixed cost to be shared
+        (0.2, 0.0, 8, 8),
+    ],
+)
+def test_a_full_batch_is_no_larger_than_is_worth_the_time(fixed_s: float, per_image_s: float, most: int, size: int) -> None:
+    """An image costs at most a twentieth more than in the largest batch, with what lies around a run; or the run is quick."""
+    runs = [RunTime(images, fixed_s + images * per_image_s) for images in sorted({1, most})]
+    assert StageCosts([runs, []], max_batch_size=most).batch_sizes == [size, most]

@@ -362,7 +362,7 @@ async def test_no_stage_starves_while_another_is_busy(metrics: Metrics) -> None:
 
 async def test_survivors_go_straight_on_where_nothing_is_gained_by_waiting(metrics: Metrics) -> None:
     """Where runs cost by the image, or nobody waits for the instance; else they wait for company."""
-    by_the_image = [[RunTime(1, 1.0), RunTime(4, 4.0)]] * NUM_STAGES
+    by_the_image = [[RunTime(1, 0.001), RunTime(4, 0.004)]] * NUM_STAGES
     leaves_after = {0: 1, 4: 1}
     ways = []
     for run_times, numbers in ((by_the_image, 8), (SLOW_START, 4), (SLOW_START, 8)):
@@ -373,6 +373,24 @@ async def test_survivors_go_straight_on_where_nothing_is_gained_by_waiting(metri
 
     first, second = (0, [0, 1, 2, 3]), (0, [4, 5, 6, 7])
     assert ways == [[first, (1, [0]), second, (1, [4])], [first, (1, [0])], [first, second, (1, [4, 0])]]
+
+
+async def test_a_batch_is_no_larger_than_its_stage_makes_worth_it(metrics: Metrics) -> None:
+    """Four go through a quick stage together, then two by two: at once where another instance is idle."""
+    run_times = [[RunTime(1, 0.001), RunTime(4, 0.004)], *[[RunTime(1, 0.03), RunTime(4, 0.12)]] * (NUM_STAGES - 1)]
+    ways = []
+    for instances in (1, 2):
+        executor = FakeExecutor({}, instances=instances)
+        points = [[2.0, THRESHOLD, None]]
+        async with pipeline_on(executor, metrics, run_times=run_times, points=points) as pipeline:
+            with executor.held():
+                futures = await submit(pipeline, *range(4))
+                executor.let_one_finish()
+                await settle()
+                ways.append(list(executor.runs))
+            assert [answered_number(result) for result in await answers(futures)] == [0, 1, 2, 3]
+            assert executor.batches(1) == [[0, 1], [2, 3]]
+    assert ways == [[(0, [0, 1, 2, 3]), (1, [0, 1])], [(0, [0, 1, 2, 3]), (1, [0, 1]), (1, [2, 3])]]
 
 
 async def first_of_two_has_left(
@@ -390,7 +408,7 @@ async def first_of_two_has_left(
 
 @pytest.mark.parametrize(
     ("others", "rest_s", "deadline", "told"),
-    [([3], 0.001, math.inf, False), ([], 0.001, math.inf, True), ([3], 0.1, math.inf, True), ([3], 0.001, 0.05, True)],
+    [([3], 0.001, math.inf, False), ([], 0.001, math.inf, True), ([3], 0.0105, math.inf, True), ([3], 0.001, 0.05, True)],
     ids=["others wait", "nobody waits", "the rest is long", "its time ends soon"],
 )
 async def test_who_leaves_early_is_told_at_once_unless_every_wake_costs_others(
