@@ -99,6 +99,7 @@ class Classification:
         self.ended.cancel()
         if self._job is not None:
             self._job.cancel()
+        self._terms.model.pipeline.somebody_left()
 
     def conclude(self) -> Prediction | ServiceError:
         """The answer, counted, once it has ended."""

@@ -104,6 +104,12 @@ class Metrics:
             ["model", "stage"],
             registry=registry,
         )
+        self.wasted_s = Counter(
+            "fovea_wasted_seconds",
+            "Time that this stage's executions took for them, of what fovea_stage_duration_seconds has.",
+            ["model", "stage"],
+            registry=registry,
+        )
         self.stage_cost = Gauge(
             "fovea_stage_cost_seconds",
             "What an execution of this stage takes, as fitted to the last ones: fixed, and per_image in addition for each.",

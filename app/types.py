@@ -81,11 +81,20 @@ class Prediction(NamedTuple):
 StageRun = tuple[int, Mapping[str, Array]]  # which stage, and what it takes
 
 
+class RunEnded(Exception):
+    """A run was ended before it was done, because nobody waited for it any more."""
+
+
 class Work(Protocol):
     """What an instance does at a time."""
 
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits any more for the run it is in. Asked on any thread."""
+        ...
+
     def go(self) -> Generator[StageRun, StageOutput, None]:
-        """Yields each run that it needs and is sent what came of it; a run's error is thrown in."""
+        """Yields each run that it needs and is sent what came of it; a run's error, or `RunEnded`, is thrown in."""
         ...
 
     def stop(self, error: BaseException) -> None:
@@ -110,4 +119,8 @@ class StageExecutor(Protocol):
 
     def wake(self) -> None:
         """There is work: if an instance is idle, it fetches it."""
+        ...
+
+    def end_abandoned(self) -> None:
+        """End the runs whose work is abandoned, as far as the runtime can; called on the event loop."""
         ...

@@ -10,6 +10,7 @@ import asyncio
 import json
 import selectors
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from app.exits import ExitPolicy
-from app.types import Array, PipelineResult, StageOutput, Take, Work
+from app.types import Array, PipelineResult, RunEnded, StageOutput, Take, Work
 from models.manifest import LOGITS, PIXELS, ExitSpec, ModelManifest
 
 NUM_STAGES = 3
@@ -104,6 +105,7 @@ class FakeExecutor:
         self._run_s = run_s
         self._held = False
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._held_works: dict[asyncio.Future[None], Work] = {}
         self._idle: list[asyncio.Future[None]] = []
         self._busy = 0
         self._instances: list[asyncio.Task[None]] = []
@@ -114,6 +116,11 @@ class FakeExecutor:
     def wake(self) -> None:
         if self._idle:
             self._idle.pop().set_result(None)
+
+    def end_abandoned(self) -> None:
+        for future, work in self._held_works.items():
+            if work.abandoned and not future.done():
+                future.set_exception(RunEnded())
 
     async def close(self) -> None:
         """End the instances; whatever ended one before is raised."""
@@ -167,7 +174,7 @@ class FakeExecutor:
             stage, inputs = next(runs)
             while True:
                 try:
-                    output = await self._run(stage, inputs)
+                    output = await self._run(work, stage, inputs)
                 except Exception as error:
                     stage, inputs = runs.throw(error)
                 except SystemExit as error:  # as a backend may raise it on its thread
@@ -176,7 +183,7 @@ class FakeExecutor:
                 else:
                     stage, inputs = runs.send(output)
 
-    async def _run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+    async def _run(self, work: Work, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
         numbers = numbers_of(inputs)
         self.runs.append((stage, numbers))
         self.began_at.append(asyncio.get_running_loop().time())
@@ -187,13 +194,21 @@ class FakeExecutor:
             if self._held:
                 future = asyncio.get_running_loop().create_future()
                 self._waiting.append(future)
+                self._held_works[future] = work
                 await future
             await asyncio.sleep(self._run_s)
         finally:
             self.running -= 1
+            self._held_works = {future: held for future, held in self._held_works.items() if held is not work}
         if isinstance(scripted, BaseException):
             raise scripted
         return scripted or answer(numbers, stage, self.leaves_after)
+
+
+class FakeControl:
+    """A `RunControl`."""
+
+    terminate = False
 
 
 class FakeBackend:
@@ -212,7 +227,10 @@ class FakeBackend:
         self._open = threading.Event()
         self._open.set()
 
-    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+    def control(self) -> FakeControl:
+        return FakeControl()
+
+    def run(self, stage: int, inputs: Mapping[str, Array], control: FakeControl | None = None) -> StageOutput:
         numbers = numbers_of(inputs)
         with self._changed:
             self.runs.append((stage, numbers))
@@ -220,9 +238,14 @@ class FakeBackend:
             self._running += 1
             self.most_running = max(self.most_running, self._running)
             self._changed.notify_all()
-        released = self._open.wait(PATIENCE_S)
+        until = time.monotonic() + PATIENCE_S
+        terminated = False
+        while not (released := self._open.wait(0.002)) and not terminated and time.monotonic() < until:
+            terminated = control is not None and control.terminate
         with self._changed:
             self._running -= 1
+        if terminated and not released:
+            raise ValueError("terminated")
         assert released, "held for ever"
         if self.failure is not None:
             raise self.failure

@@ -8,10 +8,20 @@ from typing import Protocol
 from app.types import Array, StageOutput
 
 
+class RunControl(Protocol):
+    """Of the runs of one thread, which follow each other."""
+
+    terminate: bool  # set on any thread: the run that goes on raises as soon as the engine looks at it
+
+
 class Backend(Protocol):
     """Runs the stages of one variant."""
 
-    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+    def control(self) -> RunControl:
+        """For one thread."""
+        ...
+
+    def run(self, stage: int, inputs: Mapping[str, Array], control: RunControl | None = None) -> StageOutput:
         """Run one stage on a batch; raises whatever the engine raises."""
         ...
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from app.errors import ModelInvalid, StartupError
+from app.runtime.backend import RunControl
 from app.runtime.targets import TargetProfile
 from app.types import Array, StageOutput
 from models.manifest import BATCH, LOGITS, PIXELS, ModelManifest, StageSpec, TensorSpec
@@ -33,14 +34,19 @@ class OrtBackend:
         self._output_names = [[tensor.name for tensor in stage.outputs] for stage in manifest.stages]
         self._last_entry = manifest.entries[-1]  # before it the pixels go along, for the next network of a cascade
 
-    def run(self, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+    def control(self) -> RunControl:
+        """For the runs of one thread; ONNX Runtime looks at it before each node."""
+        options: RunControl = ort.RunOptions()
+        return options
+
+    def run(self, stage: int, inputs: Mapping[str, Array], control: RunControl | None = None) -> StageOutput:
         """Run one stage on a batch: `inputs` are what the stage before handed over, or the pixels, each (B, ...)."""
         names = self._output_names[stage]
         taken, pixels = inputs, None
         if self._last_entry and PIXELS in inputs:
             pixels = inputs[PIXELS]
             taken = {tensor.name: inputs[tensor.name] for tensor in self._stages[stage].inputs}
-        outputs = dict(zip(names, self._sessions[stage].run(names, taken), strict=True))
+        outputs = dict(zip(names, self._sessions[stage].run(names, taken, control), strict=True))
         logits = outputs.pop(LOGITS)
         if pixels is not None and stage < self._last_entry:
             outputs[PIXELS] = pixels

@@ -17,8 +17,8 @@ from queue import SimpleQueue
 from prometheus_client import Counter
 
 from app.log import get_logger
-from app.runtime.backend import Backend
-from app.types import Take, Work
+from app.runtime.backend import Backend, RunControl
+from app.types import RunEnded, Take, Work
 
 log = get_logger(__name__)
 
@@ -79,6 +79,10 @@ class BackendPool:
             return
         instance.wake()
 
+    def end_abandoned(self) -> None:
+        for instance in tuple(self._busy):
+            instance.end_abandoned()
+
     def stop(self) -> None:
         """Look no more at whether runs end; called on the event loop, before `close`."""
         if self._watch is not None:
@@ -114,7 +118,8 @@ class BackendPool:
         if self._take is None:
             raise RuntimeError("the pool has not been started")
         choose, take = partial(self._choose, self._own[index]), partial(self._take_for_one, self._take)
-        return _Instance(choose, take, self.wake, self._idle, self._busy, f"instance-{index}")
+        control = self._own[index].control()
+        return _Instance(choose, take, control, self.wake, self._idle, self._busy, f"instance-{index}")
 
     def _take_for_one(self, take: Take) -> Work | None:
         return take(len(self._own) - len(self._busy) - 1)
@@ -129,6 +134,7 @@ class _Instance:
 
     Args:
         choose: the backend for a run that begins now.
+        control: of its runs.
         wake_another: there is work, and this one is not the one to do it.
     """
 
@@ -136,6 +142,7 @@ class _Instance:
         self,
         choose: Callable[[], Backend],
         take: Callable[[], Work | None],
+        control: RunControl,
         wake_another: Callable[[], None],
         idle: list[_Instance],
         busy: set[_Instance],
@@ -143,13 +150,14 @@ class _Instance:
     ) -> None:
         self._choose = choose
         self._take = take
+        self._control = control
         self._wake_another = wake_another
         self._idle = idle
         self._busy = busy
         self._calls: SimpleQueue[None] = SimpleQueue()  # wakes it
         self._closed = False
         self._work: Work | None = None
-        self._lock = threading.Lock()  # of the two that follow: a run ends, or it is given up
+        self._lock = threading.Lock()  # of the two that follow and `control`: a run ends, or it is ended or given up
         self._began: float | None = None  # the run that goes on now
         self._given_up = False
         self.stage = 0
@@ -169,9 +177,15 @@ class _Instance:
         """Whether its run goes on for longer than that; then what it brings is not looked at, and the thread ends after it."""
         with self._lock:
             if not self._given_up and self._began is not None and time.monotonic() - self._began > timeout_s:
-                self._given_up = True
+                self._given_up = self._control.terminate = True
                 return True
             return False
+
+    def end_abandoned(self) -> None:
+        """End its run, if there is one and nobody waits for it."""
+        with self._lock:  # who is aboard changes only between runs
+            if self._began is not None and self._work is not None and self._work.abandoned:
+                self._control.terminate = True
 
     def stop_work(self, error: Exception) -> None:
         """Of an instance given up: its work waits for the run for ever."""
@@ -206,19 +220,22 @@ class _Instance:
             while True:
                 output, error = None, None
                 with self._lock:
+                    self._control.terminate = False
                     self._began = time.monotonic()
                 try:
-                    output = self._choose().run(self.stage, inputs)
+                    output = self._choose().run(self.stage, inputs, self._control)
                 except Exception as raised:
                     error = raised
                 finally:
                     with self._lock:
                         self._began = None
-                        given_up = self._given_up
+                        given_up, ended = self._given_up, self._control.terminate
                 del inputs
                 if given_up:  # its images are failed, and another thread has its place
                     runs.close()
                     return
+                if output is None and ended:
+                    error = RunEnded()
                 self.stage, inputs = runs.send(output) if output is not None else runs.throw(error or RuntimeError("no output"))
         except StopIteration:
             pass

@@ -134,7 +134,7 @@ class StagedPipeline:
     def put(
         self, image: Array | Undecoded, future: asyncio.Future[PipelineResult], point: int = 0, deadline: float = math.inf
     ) -> None:
-        """Take one image through the stages it needs; cancelling the future abandons it.
+        """Take one image through the stages it needs; cancelling the future abandons it (see `somebody_left`).
 
         Args:
             image: what stage 0 takes, without the batch axis, or what makes that.
@@ -165,6 +165,10 @@ class StagedPipeline:
         future: asyncio.Future[PipelineResult] = asyncio.get_running_loop().create_future()
         self.put(pixels, future, point)
         return await future
+
+    def somebody_left(self) -> None:
+        """An image was abandoned: if nobody waits for the others of its run either, that is ended."""
+        self._executor.end_abandoned()
 
     async def close(self) -> None:
         """Let work in flight finish; what comes from now on fails."""
@@ -229,7 +233,9 @@ class StagedPipeline:
             metrics.exits.inc(len(report.answered))
         if report.wasted:
             metrics.wasted.inc(len(report.wasted))
-        self.costs.observe(stage, report.images, report.seconds, report.going_on)
+            metrics.wasted_s.inc(report.seconds * len(report.wasted) / report.images)
+        if not report.cut_short:
+            self.costs.observe(stage, report.images, report.seconds, report.going_on)
 
     def _learn_decoding(self, images: int, seconds: float) -> None:
         if images:
@@ -333,6 +339,7 @@ class _StageMetrics:
         self.failures = metrics.stage_failures.labels(*labels)
         self.exits = metrics.exits.labels(*labels)
         self.wasted = metrics.wasted.labels(*labels)
+        self.wasted_s = metrics.wasted_s.labels(*labels)
         self.skipped = metrics.skipped.labels(*labels)
         self.expired = metrics.expired.labels(*labels)
 

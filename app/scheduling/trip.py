@@ -17,7 +17,7 @@ from app.errors import DeadlineExceeded, InferenceFailed, ServiceError
 from app.exits import ExitPolicy, with_answers
 from app.log import get_logger
 from app.scheduling.work import TOO_LATE, Undecoded, WorkItem
-from app.types import Array, ExitInfo, PipelineResult, StageOutput, StageRun
+from app.types import Array, ExitInfo, PipelineResult, RunEnded, StageOutput, StageRun
 
 log = get_logger(__name__)
 
@@ -37,7 +37,8 @@ class Report:
     deferred: list[WorkItem] = field(default_factory=list)  # to be decoded elsewhere
     handed_on: list[tuple[WorkItem, int]] = field(default_factory=list)  # to the queue of a stage
     skipped: list[tuple[int, WorkItem]] = field(default_factory=list)  # not computed at a stage, since their callers had gone
-    wasted: list[WorkItem] = field(default_factory=list)  # computed, and their callers left meanwhile
+    wasted: list[WorkItem] = field(default_factory=list)  # computed, all or in part, and their callers left meanwhile
+    cut_short: bool = False  # the run, because all of them had left
     expired: list[tuple[int, WorkItem]] = field(default_factory=list)  # not computed at a stage, since it would end too late
     error: BaseException | None = None  # the run failed, and with it all who are in `failed`
 
@@ -87,6 +88,11 @@ class Trip:
         self.aboard = list(batch)
         self.ended = False
 
+    @property
+    def abandoned(self) -> bool:
+        """Nobody waits any more for the run it is in."""
+        return all(item.abandoned for item in self.aboard)
+
     def go(self) -> Generator[StageRun, StageOutput, None]:
         """The runs it needs, one after the other; a run's error, thrown in, fails those aboard."""
         inputs: Mapping[str, Array] | None = None
@@ -106,6 +112,9 @@ class Trip:
                     item.compute_s.append(report.seconds)
                     item.queued_at = ended
                 inputs = self._route(report, output)
+            except RunEnded:
+                report.seconds, report.cut_short, report.wasted = time.perf_counter() - started, True, batch
+                self.aboard = []
             except Exception as error:
                 log.exception("stage run failed", stage=self.stage, batch=len(self.aboard))
                 self._break(report, error, batch)

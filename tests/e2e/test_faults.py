@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from app.runtime.backend import RunControl
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.pool import MAX_GIVEN_UP
 from app.types import Array, StageOutput
@@ -48,8 +49,8 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     faults = Faults()
     run: Run = OrtBackend.run
 
-    def faulty(backend: OrtBackend, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
-        output = run(backend, stage, inputs)
+    def faulty(backend: OrtBackend, stage: int, inputs: Mapping[str, Array], control: RunControl | None = None) -> StageOutput:
+        output = run(backend, stage, inputs, control)
         return faults.next.pop(0)(output) if faults.next else output
 
     monkeypatch.setattr(OrtBackend, "run", faulty)

@@ -23,6 +23,7 @@ from app.http.protocol import Protocol
 from app.http.schemas import ClassifyResponse, Problem
 from app.http.server import make_config
 from app.metrics import Metrics
+from app.runtime.backend import RunControl
 from app.runtime.ort_backend import OrtBackend
 from app.service import InferenceService
 from app.settings import Settings
@@ -144,9 +145,11 @@ class Gate:
 
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> Gate:
         """This gate, before every run of the backends opened from now on."""
-        run: Callable[[OrtBackend, int, Mapping[str, Array]], StageOutput] = OrtBackend.run
+        run: Callable[[OrtBackend, int, Mapping[str, Array], RunControl | None], StageOutput] = OrtBackend.run
 
-        def guarded(backend: OrtBackend, stage: int, inputs: Mapping[str, Array]) -> StageOutput:
+        def guarded(
+            backend: OrtBackend, stage: int, inputs: Mapping[str, Array], control: RunControl | None = None
+        ) -> StageOutput:
             with self._changed:
                 self.batches.append((stage, len(next(iter(inputs.values())))))
                 failure = self.failures.pop(0) if self.failures else None
@@ -154,7 +157,7 @@ class Gate:
             assert self._open.wait(PATIENCE_S), "held for ever"
             if failure is not None:
                 raise failure
-            return run(backend, stage, inputs)
+            return run(backend, stage, inputs, control)
 
         monkeypatch.setattr(OrtBackend, "run", guarded)
         return self

@@ -116,6 +116,21 @@ def test_an_image_does_not_depend_on_its_batch(
                     np.testing.assert_allclose(part, wholes[name][rows], rtol=0, atol=FP32_ATOL)
 
 
+def test_a_run_is_ended_by_its_control_alone(
+    directory: Path, manifest: ModelManifest, profile: TargetProfile, images: Array
+) -> None:
+    """Whoever holds another one is not met, and the same one may go on with the next run."""
+    backend = OrtBackend(directory, manifest, "fp32", profile)
+    first, second = backend.control(), backend.control()
+    whole = backend.run(0, {PIXELS: images})
+    first.terminate = True
+    with pytest.raises(Exception, match="terminate"):
+        backend.run(0, {PIXELS: images}, first)
+    np.testing.assert_array_equal(backend.run(0, {PIXELS: images}, second).logits, whole.logits)
+    first.terminate = False
+    np.testing.assert_array_equal(backend.run(0, {PIXELS: images}, first).logits, whole.logits)
+
+
 def test_warm_up_runs_every_stage_at_every_batch_size(
     directory: Path, manifest: ModelManifest, profile: TargetProfile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

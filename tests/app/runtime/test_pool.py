@@ -13,7 +13,7 @@ from prometheus_client import Counter
 from structlog.testing import capture_logs
 
 from app.runtime.pool import MAX_GIVEN_UP, BackendPool
-from app.types import StageOutput, StageRun, Work
+from app.types import RunEnded, StageOutput, StageRun, Work
 from models.manifest import PIXELS
 from tests.fakes import PATIENCE_S, VIRTUAL_TIME, FakeBackend, pixels
 
@@ -32,6 +32,7 @@ class Runs:
         self._numbers = numbers
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[list[int | Exception]] = self._loop.create_future()
+        self.abandoned = False
 
     def go(self) -> Generator[StageRun, StageOutput, None]:
         answers: list[int | Exception] = []
@@ -53,16 +54,18 @@ class Queue:
     """Work in the order in which it came, and how many instances were idle beside the one that took each."""
 
     def __init__(self, pool: BackendPool) -> None:
-        self._pool = pool
+        self.pool = pool
         self._works: deque[Work] = deque()
         self.num_idle: list[int] = []
         pool.start(self._take)
 
     def put(self, *numbers: int) -> asyncio.Future[list[int | Exception]]:
-        work = Runs(*numbers)
+        return self.put_work(Runs(*numbers)).future
+
+    def put_work(self, work: Runs) -> Runs:
         self._works.append(work)
-        self._pool.wake()
-        return work.future
+        self.pool.wake()
+        return work
 
     def _take(self, num_idle: int) -> Work | None:
         try:
@@ -195,7 +198,7 @@ async def test_a_batch_that_has_the_machine_to_itself_runs_on_the_wide_backend()
             third = queue.put(3)
             await narrow.began(2)
         assert await asyncio.gather(second, third) == [[2], [3]]
-        await until(lambda: not queue._pool._busy)
+        await until(lambda: not queue.pool._busy)
         assert await queue.put(4) == [4]
     assert (wide.runs, narrow.runs) == ([(0, [1]), (0, [4])], [(0, [2]), (0, [3])])
     assert (wide.num_closed, narrow.num_closed) == (1, 1)
@@ -221,6 +224,42 @@ async def test_a_run_that_does_not_end_is_given_up(metrics_counter: Counter) -> 
         assert not pool.failed
     assert metrics_counter._value.get() == 1
     assert [numbers for _, numbers in backend.runs] == [[1], [3]]
+
+
+async def test_a_run_that_nobody_waits_for_is_ended() -> None:
+    """At once, and no other: not the one beside it, nor the next of the same work, for which somebody came."""
+    left, stays = FakeBackend(), FakeBackend()
+    async with working(BackendPool([left, stays])) as queue:
+        works = []
+        with left.held(), stays.held():
+            for number in (1, 2):
+                works.append(queue.put_work(Runs(number, number + 2)))
+                await until(lambda: len(left.runs) + len(stays.runs) == len(works))
+            queue.pool.end_abandoned()
+            (work,) = (work for work, number in zip(works, (1, 2), strict=True) if left.runs == [(0, [number])])
+            work.abandoned = True
+            queue.pool.end_abandoned()
+            await left.began(2)  # the first one has ended, though it is held
+            work.abandoned = False
+            queue.pool.end_abandoned()
+        answers = await asyncio.gather(*(each.future for each in works))
+    for each, answer in zip(works, answers, strict=True):
+        assert [type(part) for part in answer] == ([RunEnded, int] if each is work else [int, int])
+
+
+async def test_a_run_given_up_is_also_ended() -> None:
+    """So that its thread does not stay, where the engine looks at it."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=0.2)
+    async with working(pool) as queue:
+        (stuck,) = pool._instances
+        with backend.held():
+            future = queue.put(1)
+            await backend.began(1)
+            stuck._began = -1e9
+            with pytest.raises(RuntimeError, match="stopped"):
+                await future
+            await until(lambda: not stuck._thread.is_alive())
 
 
 async def test_a_pool_that_gave_up_too_many_runs_has_failed() -> None:

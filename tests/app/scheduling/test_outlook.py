@@ -135,6 +135,31 @@ async def test_who_leaves_during_a_run_is_counted_as_wasted(metrics: Metrics) ->
     assert (count(metrics, "fovea_wasted_total"), count(metrics, "fovea_skipped_total")) == (1, 1)
 
 
+async def test_a_run_that_nobody_waits_for_is_ended(metrics: Metrics) -> None:
+    """When the last of its images has been abandoned; it counts as time wasted, and not as what a run costs."""
+    executor = FakeExecutor({})
+    pipeline = started(executor, metrics)
+    loop = asyncio.get_running_loop()
+    with executor.held():
+        first, second = put(pipeline, range(2))
+        await settle()
+        for future, num_images in ((first, 2), (second, 0)):
+            await asyncio.sleep(3)
+            future.cancel()
+            pipeline.somebody_left()
+            await settle()
+            assert pipeline.num_images == num_images
+        assert loop.time() == executor.began_at[0] + 6
+        assert pipeline.costs.run_s(0, 2) == pytest.approx(1.5)
+        (third,) = put(pipeline, range(2, 3))
+        await settle()
+        pipeline.somebody_left()
+    assert answered_number(await third) == 2
+    assert executor.batches(0) == [[0, 1], [2]]
+    assert [count(metrics, f"fovea_{name}_total") for name in ("wasted", "wasted_seconds", "stage_failures")] == [2, 6, 0]
+    await closed(pipeline, executor)
+
+
 async def test_costs_follow_the_runs(metrics: Metrics) -> None:
     """And are on the metrics."""
     pipeline = started(FakeExecutor({}, run_s=4.0), metrics)
