@@ -87,7 +87,8 @@ def _open_session(path: Path, stage: StageSpec, profile: TargetProfile) -> ort.I
         )
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         raise ModelInvalid(f"ONNX Runtime cannot open {path.name}: {error}") from error
-    # ONNX Runtime falls back to the CPU without an error, so compare with what the session really got.
+    session.disable_fallback()  # else a run that fails on a GPU is done again on the CPU, and all that follow, without an error
+    # While opening, too, ONNX Runtime falls back to the CPU without an error, so compare with what the session really got.
     got = session.get_providers()[0]
     if got != profile.providers[0]:
         raise StartupError(

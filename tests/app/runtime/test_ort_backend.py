@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import EPFail
 
 from app.errors import ModelInvalid, StartupError
 from app.runtime.cpu import has_exact_int8
@@ -129,6 +130,28 @@ def test_a_run_is_ended_by_its_control_alone(
     np.testing.assert_array_equal(backend.run(0, {PIXELS: images}, second).logits, whole.logits)
     first.terminate = False
     np.testing.assert_array_equal(backend.run(0, {PIXELS: images}, first).logits, whole.logits)
+
+
+def test_a_run_that_fails_on_its_hardware_is_not_done_elsewhere(
+    directory: Path, manifest: ModelManifest, profile: TargetProfile, images: Array
+) -> None:
+    """ONNX Runtime would open the session anew on the CPU and try again, in silence."""
+    backend = OrtBackend(directory, manifest, "fp32", profile)
+    (session, *_) = backend._sessions
+    calls = []
+
+    class Failing:
+        def __getattr__(self, name: str) -> object:
+            return getattr(whole, name)
+
+        def run(self, *arguments: object) -> None:
+            calls.append(arguments)
+            raise EPFail("the device was lost")
+
+    whole, session._sess = session._sess, Failing()
+    with pytest.raises(EPFail, match="lost"):
+        backend.run(0, {PIXELS: images})
+    assert len(calls) == 1
 
 
 def test_warm_up_runs_every_stage_at_every_batch_size(
