@@ -220,6 +220,8 @@ class FakeBackend:
         self.threads: list[str] = []  # that ran each of them
         self.most_running = 0
         self.warmed_up: list[int] = []
+        self.warm_ups = 0
+        self.warm_up_failure: Exception | None = None
         self.num_closed = 0
         self.failure: BaseException | None = None  # raised by every run
         self._running = 0
@@ -252,6 +254,9 @@ class FakeBackend:
         return answer(numbers, stage, self.leaves_after)
 
     def warm_up(self, batch_sizes: Sequence[int]) -> None:
+        self.warm_ups += 1
+        if self.warm_up_failure is not None:
+            raise self.warm_up_failure
         self.warmed_up.extend(batch_sizes)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from app.runtime.backend import RunControl
 from app.runtime.ort_backend import OrtBackend
-from app.runtime.pool import MAX_GIVEN_UP
+from app.runtime.pool import MAX_FAILED, MAX_GIVEN_UP
 from app.types import Array, StageOutput
 from tests.app.http.served import JPEG, MODEL, PNG, Served, check_answer, check_problem, in_background, make_settings, running
 from tests.fakes import PATIENCE_S
@@ -117,6 +117,23 @@ async def test_too_many_runs_that_hang_turn_readiness_red(tiny_repository: Path,
         assert (await served.client.get("/health/ready")).status_code == 503
         assert (await served.client.get("/health/live")).status_code == 200
         check_answer(await served.classify(JPEG))
+
+
+async def test_readiness_is_red_while_all_runs_fail(tiny_repository: Path, faults: Faults) -> None:
+    """And green again by itself when they do not, though nobody sends anything."""
+    async with running(make_settings(tiny_repository, runtime={"run_timeout_s": 0.4})) as served:
+        faults.next = [faults.raises(RuntimeError("the device was lost"))] * (MAX_FAILED + 20)
+        for _ in range(MAX_FAILED):
+            assert (await served.client.get("/health/ready")).status_code == 200
+            check_problem(await served.classify(JPEG), 500, "inference_failed")
+        assert (await served.client.get("/health/ready")).status_code == 503
+        assert served.sample("fovea_ready") == 0
+        async with asyncio.timeout(PATIENCE_S):
+            while (await served.client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110 - a thread tries
+                await asyncio.sleep(0.01)
+        assert len(faults.next) < 20  # it was tried meanwhile, and failed
+        faults.next = []
+        await assert_well(served)
 
 
 async def test_faults_among_good_requests_meet_nobody_else(tiny_repository: Path, faults: Faults) -> None:

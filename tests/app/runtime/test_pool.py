@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import Counter
 from structlog.testing import capture_logs
 
-from app.runtime.pool import MAX_GIVEN_UP, BackendPool
+from app.runtime.pool import MAX_FAILED, MAX_GIVEN_UP, BackendPool
 from app.types import RunEnded, StageOutput, StageRun, Work
 from models.manifest import PIXELS
 from tests.fakes import PATIENCE_S, VIRTUAL_TIME, FakeBackend, pixels
@@ -276,6 +276,53 @@ async def test_a_pool_that_gave_up_too_many_runs_has_failed() -> None:
                 pool._instances[0]._began = -1e9
                 with pytest.raises(RuntimeError, match="stopped"):
                     await future
+        assert pool.failed
+
+
+@pytest.mark.parametrize("recovers", ["by a trial", "by a run"])
+async def test_a_pool_whose_runs_all_fail_has_failed_until_one_does_not(recovers: str) -> None:
+    """As on a GPU that was lost: whoever sends to the ready alone goes elsewhere, so it tries by itself."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=60)
+
+    def look() -> None:
+        pool._look()
+        pool.stop()  # the next look is ours
+
+    async with working(pool) as queue:
+        pool.stop()
+        failing = ValueError("broken")
+        for number in range(1, MAX_FAILED + 1):
+            backend.failure = None if number == 2 else failing
+            await queue.put(number)
+        assert not pool.failed  # one of them was good
+        assert await queue.put(1) == await queue.put(2) == [failing]
+        assert pool.failed
+        backend.warm_up_failure = failing
+        look()
+        await until(lambda: backend.warm_ups == 1 and not pool._trial.is_alive())
+        assert pool.failed
+        backend.warm_up_failure = backend.failure = None
+        if recovers == "by a trial":
+            look()
+            await until(lambda: not pool.failed)
+            assert backend.warm_ups == 2
+        else:
+            assert await queue.put(4) == [4]
+            assert not pool.failed
+            look()
+            assert backend.warm_ups == 1
+
+
+async def test_a_stage_that_always_fails_is_not_hidden_by_those_before_it() -> None:
+    """Each image gets through the first one."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=60)
+    async with working(pool):
+        for _ in range(MAX_FAILED):
+            assert not pool.failed
+            pool._count(0, failed=False)
+            pool._count(1, failed=True)
         assert pool.failed
 
 
