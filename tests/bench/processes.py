@@ -207,7 +207,9 @@ def run_load(url: str, images: Path, **options: float) -> dict[str, Any]:
     """One run of `tests.bench.load` in a fresh process: `LoadResult.to_json`; options as on its command line."""
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "tests.bench.load", "--json", f"--url={url}", f"--images={images}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Unbuffered, Python loses the rest of a long line where a signal interrupts its writing.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(f"the load generator failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout)
