@@ -95,7 +95,7 @@ class BackendPool:
         """End the threads after the work they are in, and close the backends; called on another thread, for it waits."""
         for instance in self._instances:
             instance.close()
-        for backend in dict.fromkeys([*self._own, *([] if self._wide is None else [self._wide])]):
+        for backend in self._backends:
             backend.close()
 
     @property
@@ -121,6 +121,11 @@ class BackendPool:
             self._trial.start()
 
     @property
+    def _backends(self) -> list[Backend]:
+        """Each once."""
+        return list(dict.fromkeys([*self._own, *([] if self._wide is None else [self._wide])]))
+
+    @property
     def _all_fail(self) -> bool:
         return any(count >= MAX_FAILED for count in tuple(self._num_failed.values()))
 
@@ -133,7 +138,7 @@ class BackendPool:
     def _try(self) -> None:
         """Whether it runs again: who takes it for not ready sends nothing from which that could be told."""
         try:
-            for backend in dict.fromkeys(self._own):
+            for backend in self._backends:
                 backend.warm_up([1])
         except Exception as error:
             log.warning("runs still fail", error=str(error))

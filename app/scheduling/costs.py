@@ -115,8 +115,8 @@ class StageCosts:
         self._paths.clear()
 
     def run_s(self, stage: int, images: int) -> float:
-        """What a run takes."""
-        return self.curves[stage].seconds(images)
+        """What a run takes for one of so many images that come together: of more than a full batch, a full one."""
+        return self.curves[stage].seconds(min(images, self.batch_sizes[stage]))
 
     def fixed_s(self, stage: int) -> float:
         """The part of a run that does not depend on its size."""
@@ -128,7 +128,8 @@ class StageCosts:
             return known
         costs = [0.0] * len(self.curves)
         for stage in reversed(range(len(self.curves))):
-            costs[stage] = self.run_s(stage, self.batch_sizes[stage]) / self.batch_sizes[stage]
+            full = self.batch_sizes[stage]
+            costs[stage] = self.run_s(stage, full) / full
             if (after := way.after[stage]) is not None:
                 costs[stage] += self._going_on(stage, way) * costs[after]
         self._remaining[way] = costs
@@ -140,7 +141,7 @@ class StageCosts:
             return known
         total, reaching, stage = 0.0, 1.0, way.first
         while True:
-            total += reaching * self.run_s(stage, min(images, self.batch_sizes[stage]))
+            total += reaching * self.run_s(stage, images)
             if (after := way.after[stage]) is None:
                 break
             reaching *= self._going_on(stage, way)

@@ -26,7 +26,7 @@ async def live() -> Live:
 
 @router.get("/ready", summary="Are requests welcome?", responses={503: {"model": Ready}})
 async def ready(service: ServiceDep, response: Response) -> Ready:
-    """200 when every model is loaded and verified; 503 while the service stops or after a model failed."""
+    """200 when every model is loaded and verified; 503 while the service stops, or while a model fails (docs/overload.md)."""
     if not service.ready:
         response.status_code = 503
     return Ready(ready=service.ready)

@@ -89,6 +89,15 @@ def test_the_fixed_part_is_that_measured_at_load() -> None:
     assert costs.curves[0].fixed_s != pytest.approx(1.0, rel=0.01)
 
 
+def test_a_run_has_no_more_images_than_a_full_batch() -> None:
+    """Who comes with seven others to a stage of two at a time takes one run of two, on the way and for the deadline."""
+    costs = StageCosts([[RunTime(1, 0.001), RunTime(8, 0.008)], [RunTime(1, 0.030), RunTime(8, 0.240)]], max_batch_size=8)
+    assert costs.batch_sizes == [8, 2]
+    assert [costs.run_s(stage, 8) for stage in (0, 1)] == pytest.approx([0.008, 0.060])
+    assert costs.path_s(THROUGH, 8) == pytest.approx(0.008 + 0.060)
+    assert costs.remaining_s(THROUGH) == pytest.approx([0.001 + 0.030, 0.030])
+
+
 @pytest.mark.parametrize(
     ("fixed_s", "per_image_s", "most", "size"),
     [
