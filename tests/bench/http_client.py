@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -36,8 +37,7 @@ class UnsupportedAnswer(Exception):
     """The answer is not in the small part of HTTP/1.1 that this client reads; the measurement would be wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What came back for one request; status 0 and no body when nothing complete came."""
 
     outcome: Outcome
@@ -131,31 +131,56 @@ class Connection(asyncio.Protocol):
         self._keep_bodies = keep_bodies
         self._buffer = bytearray()
         self._head: Head | None = None
-        self._waiter: asyncio.Future[Answer] | None = None
+        self._on_end: Callable[[Answer | UnsupportedAnswer], None] | None = None  # of the request in flight
+        self._gives_up = False
+        self._ends_at = self._timer_at = 0.0  # by the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport
 
-    async def request(self, payload: bytes, *, timeout_s: float, give_up: bool = False) -> Answer:
-        """Send one pre-serialised request and wait for its end, whatever that is.
+    def start(
+        self,
+        payload: bytes,
+        on_end: Callable[[Answer | UnsupportedAnswer], None],
+        *,
+        timeout_s: float,
+        give_up: bool = False,
+    ) -> None:
+        """Send one pre-serialised request; a callback and no task waits for its end, whatever that is.
 
         Args:
+            on_end: called once, when another request may be sent; UnsupportedAnswer: this client cannot read the answer.
             give_up: the end of the time is this caller's wish, and no fault of the server.
+        """
+        if not self.usable or self._on_end is not None:
+            raise RuntimeError("the connection is closed or has a request in flight")
+        self._on_end, self._gives_up = on_end, give_up
+        self._ends_at = self._loop.time() + timeout_s
+        if self._timer is None or self._ends_at < self._timer_at:  # one timer does for many requests
+            self._set_timer()
+        self._transport.write(payload)
+
+    async def request(self, payload: bytes, *, timeout_s: float, give_up: bool = False) -> Answer:
+        """As `start`, and wait for the answer.
 
         Raises:
             UnsupportedAnswer: this client cannot read the answer.
         """
-        if not self.usable or self._waiter is not None:
-            raise RuntimeError("the connection is closed or has a request in flight")
-        self._waiter = self._loop.create_future()
-        outcome = Outcome.GIVEN_UP if give_up else Outcome.TIMEOUT
-        timer = self._loop.call_later(timeout_s, self._abort, outcome)
-        self._transport.write(payload)
+        waiter: asyncio.Future[Answer] = self._loop.create_future()
+
+        def on_end(answer: Answer | UnsupportedAnswer) -> None:
+            if waiter.done():
+                return
+            if isinstance(answer, Answer):
+                waiter.set_result(answer)
+            else:
+                waiter.set_exception(answer)
+
+        self.start(payload, on_end, timeout_s=timeout_s, give_up=give_up)
         try:
-            return await self._waiter
-        finally:
-            timer.cancel()
-            if self._waiter is not None:  # the caller was cancelled: the answer would be taken for the next one's
-                self._waiter = None
-                self._abort(Outcome.RESET)
+            return await waiter
+        except asyncio.CancelledError:  # the caller has left: the answer would be taken for the next one's
+            self._abort(Outcome.RESET)
+            raise
 
     def close(self) -> None:
         """End the connection; a request in flight ends as reset."""
@@ -167,7 +192,7 @@ class Connection(asyncio.Protocol):
         self.usable = True
 
     def data_received(self, data: bytes) -> None:
-        if self._waiter is None:  # nothing was asked, so what follows could not be matched to a request
+        if self._on_end is None:  # nothing was asked, so what follows could not be matched to a request
             self._abort(Outcome.RESET)
             return
         self._buffer += data
@@ -202,29 +227,46 @@ class Connection(asyncio.Protocol):
         surplus = len(self._buffer) > length
         self._buffer.clear()
         self._head = None
-        self._resolve(answer)
         if surplus or not head.keep_alive:
-            self.close()
+            self.usable = False
+            self._transport.close()
+        self._resolve(answer)
 
-    def _resolve(self, answer: Answer) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(answer)
+    def _resolve(self, answer: Answer | UnsupportedAnswer) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(answer)
 
     def _end(self, outcome: Outcome) -> None:
         self.usable = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._resolve(Answer(outcome, time.monotonic()))
 
     def _abort(self, outcome: Outcome) -> None:
+        self._transport.abort()
         self._end(outcome)
-        self._transport.abort()
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: UnsupportedAnswer) -> None:
         self.usable = False
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_exception(error)
         self._transport.abort()
+        self._resolve(error)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = self._ends_at
+        self._timer = self._loop.call_at(self._timer_at, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        if self._on_end is None:
+            return
+        if self._loop.time() < self._ends_at:  # it was set for a request that has ended meanwhile
+            self._set_timer()
+        else:
+            self._abort(Outcome.GIVEN_UP if self._gives_up else Outcome.TIMEOUT)
 
 
 async def connect(host: str, port: int, *, timeout_s: float, keep_bodies: bool = False) -> Connection | Outcome:

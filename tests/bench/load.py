@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.http_client import Answer, Connection, Outcome, address, build_request, connect
+from tests.bench.http_client import Answer, Connection, Outcome, UnsupportedAnswer, address, build_request, connect
 from tests.bench.load_result import LoadResult, Recorder, count_line
 
 DEFAULT_TIMEOUT_S = 60.0
+TIMER_S = 0.001  # as fine as an event loop's timers are
 MAX_IDLE_S = 3.0  # servers end connections that idle, uvicorn after 5 s: a request sent just then would be lost
 REFUSED_PAUSE_S = 0.02  # before a closed loop asks again where no connection was accepted
 
@@ -125,52 +127,152 @@ async def open_loop(
         keep_bodies, timeout_s, content_type: as in `closed_loop`; the timeout runs from when the request was sent.
         give_up: share of the callers who leave after a time drawn evenly from 0 to `give_up_within_s`, if there is no answer.
     """
-    host, port = address(url)
-    payloads = [build_request(url, body, content_type) for body in bodies]
-    idle: list[tuple[Connection, float]] = []  # and since when
-    permits = asyncio.Semaphore(max_connections)
-    recorder = Recorder(time.monotonic(), keep_bodies)
-    patience = np.random.default_rng(seed + 1)
-
-    async def one(image: int, due_at: float) -> None:
-        async with permits:
-            connection: Connection | None = None
-            while idle and connection is None:  # the last one used: the least likely to have been closed meanwhile
-                candidate, since = idle.pop()
-                if time.monotonic() - since > MAX_IDLE_S:
-                    candidate.close()
-                elif candidate.usable:
-                    connection = candidate
-            if connection is None:
-                opened = await connect(host, port, timeout_s=timeout_s, keep_bodies=keep_bodies)
-                if isinstance(opened, Outcome):
-                    recorder.add(Answer(opened, time.monotonic()), due_at=due_at, sent_at=time.monotonic(), image=image)
-                    return
-                connection = opened
-                recorder.num_connections += 1
-            sent_at = time.monotonic()
-            leaves = give_up > 0 and patience.random() < give_up
-            wait_s = give_up_within_s * patience.random() if leaves else timeout_s
-            answer = await connection.request(payloads[image], timeout_s=wait_s, give_up=leaves)
-            recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
-            if connection.usable:
-                idle.append((connection, time.monotonic()))
-
+    load = _OpenLoop(
+        address(url),
+        [build_request(url, body, content_type) for body in bodies],
+        keep_bodies=keep_bodies,
+        max_connections=max_connections,
+        timeout_s=timeout_s,
+        give_up=give_up,
+        give_up_within_s=give_up_within_s,
+        patience=np.random.default_rng(seed + 1),
+    )
     cpu_before_s = time.process_time()
-    try:
-        async with _callers() as group:
-            for number, arrival_s in enumerate(poisson_arrivals(rate, ramp_s + seconds, seed)):
-                due_at = recorder.started_at + arrival_s
-                if (wait_s := due_at - time.monotonic()) > 0:
-                    await asyncio.sleep(wait_s)
-                group.create_task(one(number % len(payloads), due_at))
-    finally:
-        for connection, _ in idle:
-            connection.close()
-        await asyncio.sleep(0)
+    await load.run(poisson_arrivals(rate, ramp_s + seconds, seed))
+    recorder = load.recorder
     elapsed_s = time.monotonic() - recorder.started_at
     measured_s = (ramp_s, ramp_s + seconds)
     return recorder.result(measured_s=measured_s, elapsed_s=elapsed_s, cpu_s=time.process_time() - cpu_before_s)
+
+
+class _OpenLoop:
+    """Sends what is due and notes what ends, in callbacks: a task for every request would cost as much as all the rest."""
+
+    def __init__(
+        self,
+        server: tuple[str, int],
+        payloads: Sequence[bytes],
+        *,
+        keep_bodies: bool,
+        max_connections: int,
+        timeout_s: float,
+        give_up: float,
+        give_up_within_s: float,
+        patience: np.random.Generator,
+    ) -> None:
+        self._server = server
+        self._payloads = payloads
+        self._keep_bodies = keep_bodies
+        self._max_connections = max_connections
+        self._timeout_s = timeout_s
+        self._give_up = give_up
+        self._give_up_within_s = give_up_within_s
+        self._patience = patience
+        self._loop = asyncio.get_running_loop()
+        self._idle: list[tuple[Connection, float]] = []  # and since when
+        self._waiting: deque[tuple[int, float]] = deque()  # for a connection: image, and when it was due
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._connected: set[Connection] = set()
+        self._num_connections = 0  # that are open, or being opened
+        self._num_unanswered = 0
+        self._num_sent = 0
+        self._arrivals_s: Sequence[float] = ()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self.recorder = Recorder(time.monotonic(), keep_bodies)
+
+    async def run(self, arrivals_s: Sequence[float]) -> None:
+        """Until the last of them has been answered."""
+        self._arrivals_s = arrivals_s
+        self._num_unanswered = len(arrivals_s)
+        try:
+            if arrivals_s:
+                self._send_due()
+                await self._ended
+        finally:
+            self._num_sent = len(arrivals_s)  # where it failed: no more
+            for task in self._connecting:
+                task.cancel()
+            for connection in [*self._connected]:
+                connection.close()
+            await asyncio.sleep(0)
+
+    def _send_due(self) -> None:
+        arrivals_s, started_at = self._arrivals_s, self.recorder.started_at
+        while self._num_sent < len(arrivals_s):
+            due_at = started_at + arrivals_s[self._num_sent]
+            if (wait_s := due_at - time.monotonic()) > 0:
+                self._loop.call_later(max(wait_s, TIMER_S), self._send_due)  # uvloop would turn round and round for less
+                return
+            image = self._num_sent % len(self._payloads)
+            self._num_sent += 1
+            self._place(image, due_at)
+
+    def _place(self, image: int, due_at: float) -> None:
+        while self._idle:  # the last one used: the least likely to have been closed meanwhile
+            connection, since = self._idle.pop()
+            if connection.usable and time.monotonic() - since <= MAX_IDLE_S:
+                self._send(connection, image, due_at)
+                return
+            self._forget(connection)
+        if self._num_connections >= self._max_connections:
+            self._waiting.append((image, due_at))
+            return
+        self._num_connections += 1
+        task = self._loop.create_task(self._connect(image, due_at))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, image: int, due_at: float) -> None:
+        try:
+            opened = await connect(*self._server, timeout_s=self._timeout_s, keep_bodies=self._keep_bodies)
+        except OSError as error:
+            self._fail(error)
+            return
+        if isinstance(opened, Connection):
+            self.recorder.num_connections += 1
+            self._connected.add(opened)
+            self._send(opened, image, due_at)
+        else:
+            self._note(Answer(opened, time.monotonic()), image, due_at, time.monotonic())
+            self._num_connections -= 1
+            self._place_next()
+
+    def _send(self, connection: Connection, image: int, due_at: float) -> None:
+        sent_at = time.monotonic()
+        leaves = self._give_up > 0 and self._patience.random() < self._give_up
+        timeout_s = self._give_up_within_s * self._patience.random() if leaves else self._timeout_s
+
+        def on_end(answer: Answer | UnsupportedAnswer) -> None:
+            if not isinstance(answer, Answer):
+                self._fail(answer)
+                return
+            self._note(answer, image, due_at, sent_at)
+            if connection.usable:
+                self._idle.append((connection, answer.finished_at))
+            else:
+                self._forget(connection)
+            self._place_next()
+
+        connection.start(self._payloads[image], on_end, timeout_s=timeout_s, give_up=leaves)
+
+    def _forget(self, connection: Connection) -> None:
+        connection.close()
+        self._connected.discard(connection)
+        self._num_connections -= 1
+
+    def _place_next(self) -> None:
+        if self._waiting:
+            self._place(*self._waiting.popleft())
+
+    def _note(self, answer: Answer, image: int, due_at: float, sent_at: float) -> None:
+        self.recorder.add(answer, due_at=due_at, sent_at=sent_at, image=image)
+        self._num_unanswered -= 1
+        if not self._num_unanswered and not self._ended.done():
+            self._ended.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
 
 
 def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
