@@ -18,12 +18,11 @@ from prometheus_client import Counter
 
 from app.log import get_logger
 from app.runtime.backend import Backend, RunControl
+from app.runtime.health import RunHealth
 from app.types import RunEnded, Take, Work
 
 log = get_logger(__name__)
 
-MAX_GIVEN_UP = 8  # threads that may be stuck for ever: beyond it the process is not to be trusted any more
-MAX_FAILED = 8  # runs of a stage in a row: then it is not the images
 MAX_WATCH_S = 1.0  # between two looks at whether a run does not end, and, while all fail, between two trials
 
 
@@ -51,9 +50,8 @@ class BackendPool:
         self._wide = wide
         self._run_timeout_s = run_timeout_s
         self._counter = replaced
-        self._num_given_up = 0
-        self._num_failed: dict[int, int] = {}  # runs in a row, by stage
-        self._trial: threading.Thread | None = None
+        self._backends: list[Backend] = list(dict.fromkeys([*backends, *([] if wide is None else [wide])]))  # each once
+        self._health = RunHealth(self._backends)
         self._take: Take | None = None
         self._instances: list[_Instance] = []
         self._idle: list[_Instance] = []  # of those, whoever waits to be woken
@@ -66,8 +64,8 @@ class BackendPool:
 
     @property
     def failed(self) -> bool:
-        """So many runs never ended that a restart is the better way, or all runs of a stage fail, as did each trial since."""
-        return self._num_given_up >= MAX_GIVEN_UP or self._all_fail
+        """See `RunHealth.failed`."""
+        return self._health.failed
 
     def start(self, take: Take) -> None:
         self._take = take
@@ -110,48 +108,20 @@ class BackendPool:
             if instance.give_up(timeout_s):
                 # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
                 log.error("a run did not end and was given up", stage=instance.stage, seconds=timeout_s)
-                self._num_given_up += 1
+                self._health.gave_up()
                 if self._counter is not None:
                     self._counter.inc()
                 self._busy.discard(instance)
                 self._instances[index] = self._start_instance(index)
                 instance.stop_work(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
-        if self._all_fail and not (self._trial and self._trial.is_alive()):
-            self._trial = threading.Thread(target=self._try, name="trial", daemon=True)
-            self._trial.start()
-
-    @property
-    def _backends(self) -> list[Backend]:
-        """Each once."""
-        return list(dict.fromkeys([*self._own, *([] if self._wide is None else [self._wide])]))
-
-    @property
-    def _all_fail(self) -> bool:
-        return any(count >= MAX_FAILED for count in tuple(self._num_failed.values()))
-
-    def _count(self, stage: int, failed: bool) -> None:
-        """A run has ended; called on the instances' threads."""
-        count = self._num_failed[stage] = self._num_failed.get(stage, 0) + 1 if failed else 0
-        if count == MAX_FAILED:
-            log.error("all runs fail: not ready until a trial does not", stage=stage, runs=count)
-
-    def _try(self) -> None:
-        """Whether it runs again: who takes it for not ready sends nothing from which that could be told."""
-        try:
-            for backend in self._backends:
-                backend.warm_up([1])
-        except Exception as error:
-            log.warning("runs still fail", error=str(error))
-        else:
-            self._num_failed.clear()
-            log.info("a trial did not fail: ready again")
+        self._health.try_again()
 
     def _start_instance(self, index: int) -> _Instance:
         if self._take is None:
             raise RuntimeError("the pool has not been started")
         choose, take = partial(self._choose, self._own[index]), partial(self._take_for_one, self._take)
         control = self._own[index].control()
-        return _Instance(choose, take, control, self._count, self.wake, self._idle, self._busy, f"instance-{index}")
+        return _Instance(choose, take, control, self._health, self.wake, self._idle, self._busy, f"instance-{index}")
 
     def _take_for_one(self, take: Take) -> Work | None:
         return take(len(self._own) - len(self._busy) - 1)
@@ -167,7 +137,7 @@ class _Instance:
     Args:
         choose: the backend for a run that begins now.
         control: of its runs.
-        count: told of each that has ended: of which stage, and whether it failed.
+        health: told of each that has ended.
         wake_another: there is work, and this one is not the one to do it.
     """
 
@@ -176,7 +146,7 @@ class _Instance:
         choose: Callable[[], Backend],
         take: Callable[[], Work | None],
         control: RunControl,
-        count: Callable[[int, bool], None],
+        health: RunHealth,
         wake_another: Callable[[], None],
         idle: list[_Instance],
         busy: set[_Instance],
@@ -185,7 +155,7 @@ class _Instance:
         self._choose = choose
         self._take = take
         self._control = control
-        self._count = count
+        self._health = health
         self._wake_another = wake_another
         self._idle = idle
         self._busy = busy
@@ -272,7 +242,7 @@ class _Instance:
                 if output is None and ended:
                     error = RunEnded()
                 else:
-                    self._count(self.stage, error is not None)
+                    self._health.ended(self.stage, failed=error is not None)
                 self.stage, inputs = runs.send(output) if output is not None else runs.throw(error or RuntimeError("no output"))
         except StopIteration:
             pass

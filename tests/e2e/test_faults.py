@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from app.runtime.backend import RunControl
+from app.runtime.health import MAX_FAILED, MAX_GIVEN_UP
 from app.runtime.ort_backend import OrtBackend
-from app.runtime.pool import MAX_FAILED, MAX_GIVEN_UP
 from app.types import Array, StageOutput
 from tests.app.http.served import JPEG, MODEL, PNG, Served, check_answer, check_problem, in_background, make_settings, running
 from tests.fakes import PATIENCE_S

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.http.application import drain
-from app.runtime.pool import MAX_GIVEN_UP
+from app.runtime.health import MAX_GIVEN_UP
 from tests.app.http.served import JPEG, Served, check_answer
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +31,7 @@ async def test_a_service_that_drains_is_live_but_not_ready(served: Served) -> No
 
 async def test_a_service_whose_model_failed_is_live_but_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many runs never ended: /v1/models and the metric say it too; whoever still comes is answered."""
-    monkeypatch.setattr(served.app.state.service.registry.get().pool, "_num_given_up", MAX_GIVEN_UP)
+    monkeypatch.setattr(served.app.state.service.registry.get().pool._health, "_num_given_up", MAX_GIVEN_UP)
     live, ready = await served.client.get("/health/live"), await served.client.get("/health/ready")
     assert live.status_code == 200
     assert (ready.status_code, ready.json()) == (503, {"ready": False})

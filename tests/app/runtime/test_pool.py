@@ -12,7 +12,8 @@ import pytest
 from prometheus_client import Counter
 from structlog.testing import capture_logs
 
-from app.runtime.pool import MAX_FAILED, MAX_GIVEN_UP, BackendPool
+from app.runtime.health import MAX_FAILED, MAX_GIVEN_UP
+from app.runtime.pool import BackendPool
 from app.types import RunEnded, StageOutput, StageRun, Work
 from models.manifest import PIXELS
 from tests.fakes import PATIENCE_S, VIRTUAL_TIME, FakeBackend, pixels
@@ -300,7 +301,7 @@ async def test_a_pool_whose_runs_all_fail_has_failed_until_one_does_not(recovers
         assert pool.failed
         backend.warm_up_failure = failing
         look()
-        await until(lambda: backend.warm_ups == 1 and not pool._trial.is_alive())
+        await until(lambda: backend.warm_ups == 1 and not pool._health._trial.is_alive())
         assert pool.failed
         backend.warm_up_failure = backend.failure = None
         if recovers == "by a trial":
@@ -312,18 +313,6 @@ async def test_a_pool_whose_runs_all_fail_has_failed_until_one_does_not(recovers
             assert not pool.failed
             look()
             assert backend.warm_ups == 1
-
-
-async def test_a_stage_that_always_fails_is_not_hidden_by_those_before_it() -> None:
-    """Each image gets through the first one."""
-    backend = FakeBackend()
-    pool = BackendPool([backend], run_timeout_s=60)
-    async with working(pool):
-        for _ in range(MAX_FAILED):
-            assert not pool.failed
-            pool._count(0, failed=False)
-            pool._count(1, failed=True)
-        assert pool.failed
 
 
 async def test_a_run_that_has_ended_is_not_given_up(metrics_counter: Counter) -> None:
