@@ -10,7 +10,7 @@ from functools import cached_property
 
 from prometheus_client import Counter
 
-from app.errors import InvalidRequest, Overloaded
+from app.errors import CannotBeInTime, InvalidRequest
 from app.metrics import PHASES, Metrics
 from app.quality import Ladder, QualityController, Rung
 from app.runtime.pool import BackendPool
@@ -91,7 +91,7 @@ class LoadedModel:
 
         Raises:
             InvalidRequest: there is no such point, or the floor is above the point.
-            Overloaded: no point that it takes is fast enough because of those in front; who comes alone is always tried.
+            CannotBeInTime: no point that it takes is fast enough because of those in front; who comes alone is always tried.
         """
         wanted, floor = (None if name is None else self.ladder.index(name) for name in (quality, min_quality))
         start = self.default_point if wanted is None else wanted
@@ -104,16 +104,18 @@ class LoadedModel:
         alone_s = predicted_s if images == 1 else forecast.predict_s(1, asked)
         shared_s = max(budget_s, MIN_BUDGET_S)  # what pressure is told in shares of
         pressure = forecast.expected_s(alone_s) / min(self.bend_above_s, BEARABLE * shared_s)
-        self.quality.observe(pressure, forecast.needed_s(alone_s) / shared_s if forecast.busy else 0.0)
+        in_front = forecast.in_front
+        self.quality.observe(pressure, forecast.needed_s(alone_s) / shared_s if in_front else 0.0)
         point, last = self.quality.range(wanted, floor)
         if point != asked:
             predicted_s = forecast.predict_s(images, point)
-        while forecast.busy and (needed_s := forecast.needed_s(predicted_s)) > budget_s:
+        while in_front and (needed_s := forecast.needed_s(predicted_s)) > budget_s:
             if point == last:
-                raise Overloaded(
+                raise CannotBeInTime(
                     f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
                     "time budget; try again later",
                     retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
+                    holds=lambda: forecast.in_front >= in_front,
                 )
             point += 1
             predicted_s = forecast.predict_s(images, point)

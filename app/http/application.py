@@ -16,6 +16,7 @@ from app.assembly import open_service
 from app.http.direct import Direct
 from app.http.errors import install_error_handlers, unexpected_problem
 from app.http.middleware import RequestContextMiddleware
+from app.http.refusals import Refusals
 from app.http.routes import classify, health, metrics, models, page
 from app.metrics import Metrics, create_registry
 from app.scheduling.quotas import Quotas
@@ -34,6 +35,7 @@ class _State(State):
     quotas: Quotas | None
     service: InferenceService
     draining: bool
+    refusals: Refusals
 
     def __setattr__(self, key: Any, value: Any) -> None:
         object.__setattr__(self, key, value)
@@ -71,6 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.metrics = Metrics(create_registry())
     app.state.draining = False
+    app.state.refusals = Refusals(settings.http.max_upload_bytes)
     quotas = settings.quotas
     app.state.quotas = Quotas(images_per_s=quotas.images_per_s, burst=quotas.burst) if quotas.images_per_s else None
     install_error_handlers(app)

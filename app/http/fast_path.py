@@ -1,7 +1,7 @@
 """The commonest request, one image as the body, from its head to its answer without a task of its own (docs/adr/0022).
 
-Good answers are made here, and refusals, of which an overload has more than answers. What is unusual is not taken on, and what
-goes wrong is handed to the framework's way, which tells the client.
+Good answers are made here. What is unusual is not taken on, and what goes wrong is handed to the framework's way, which tells
+the client, but for refusals (`app.http.refusals`), of which an overload has more than answers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from app.classification import Classification, Terms, outcome_of
-from app.errors import InvalidRequest, Overloaded, ServiceError
+from app.classification import Classification, Terms
+from app.errors import InvalidRequest, ServiceError
 from app.http.asked import HandedOver, answer_json, ask, out_of_time, parameters
 from app.http.call import Call
-from app.http.errors import PROBLEM_JSON, problem_json, retry_after
 from app.http.middleware import HEADER, identify
 from app.http.uploads import Body
 from app.log import request_id
@@ -136,12 +135,3 @@ class OneImage:
     def _observe(self, outcome: str) -> None:
         call = self._call
         self._state.metrics.observe_request(call.model_label, outcome, time.perf_counter() - call.started)
-
-
-def refusal(call: Call, error: Overloaded) -> tuple[bytes, str, int]:
-    """Body, headers and status for a request that was not taken on, counted; as `service_problem`, without a `Response`."""
-    identifier = identify(call.scope)
-    status, body = problem_json(error.code, str(error), identifier)
-    call.app.state.metrics.observe_request(call.model_label, outcome_of(error), time.perf_counter() - call.started)
-    headers = f"retry-after: {retry_after(error)}\r\ncontent-length: {len(body)}\r\ncontent-type: {PROBLEM_JSON}\r\n"
-    return body, f"{headers}x-request-id: {identifier}\r\n", status

@@ -118,4 +118,9 @@ def identify(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == HEADER and ACCEPTED.fullmatch(value):
             return str(value, "ascii")
+    return new_id()
+
+
+def new_id() -> str:
+    """Of a request that brings none."""
     return f"{random.getrandbits(128):032x}"

@@ -5,18 +5,20 @@ It builds on the insides of `HttpToolsProtocol`, so pyproject.toml bounds uvicor
 
 from __future__ import annotations
 
-from typing import cast
+import time
+from typing import Any, cast
 
 from fastapi import FastAPI
 from starlette.types import Receive, Scope
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from app.errors import Overloaded
+from app.errors import CannotBeInTime, Overloaded
 from app.http.asked import HANDED_OVER, PATH, HandedOver
 from app.http.call import Call
-from app.http.fast_path import OneImage, refusal
-from app.http.middleware import MAX_DROPPED_BYTES
+from app.http.fast_path import OneImage
+from app.http.middleware import MAX_DROPPED_BYTES, identify, new_id
+from app.http.refusals import Again, Refusal, Refusals
 from app.http.uploads import FORMS
 
 
@@ -25,6 +27,13 @@ class Protocol(HttpToolsProtocol):
 
     _image: OneImage | None = None
     _cycle: RequestResponseCycle | None = None  # uvicorn's record of that request
+    _between = True  # messages, for the parser
+    _wire: bytes | None = None  # what the parser has now, while that begins with the head that it is at
+    _num_unwanted = 0  # bytes still to come of a body that the parser does not get
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refusals: Refusals = self.app.state.refusals if isinstance(self.app, FastAPI) else Refusals()
 
     def abort(self) -> None:
         """There is no time any more for what is worked on here."""
@@ -32,10 +41,48 @@ class Protocol(HttpToolsProtocol):
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        if (begin := self._skip(data)) < len(data):
+            data = data[begin:] if begin else data
+            self._wire = data if self._between else None
+            super().data_received(data)
+            self._wire = None
         # Where a body goes on after its answer, uvicorn forgets to end the connection when nothing more comes.
         if self.cycle is not None and self.cycle.response_complete and self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self._wait_for_more()
+
+    def _skip(self, data: bytes) -> int:
+        """Where in it the parser goes on: after a body that nobody wants, and requests that are refused as one before them."""
+        begin = 0
+        if self._num_unwanted:
+            begin = min(self._num_unwanted, len(data))
+            self._num_unwanted -= begin
+            self._wait_for_more()
+        while begin < len(data) and (again := self._refusals.find(data, begin)) is not None and self._may_refuse_again:
+            self._refuse_again(again)
+            begin += again.num_bytes
+        if begin > len(data):
+            self._num_unwanted = begin - len(data)
+        return begin
+
+    @property
+    def _may_refuse_again(self) -> bool:
+        """The connection is between two requests, as far as the parser and the client see it."""
+        idle = self._between and (self.cycle is None or self.cycle.response_complete)
+        return idle and not (self.flow.write_paused or self.transport.is_closing() or self._draining)
+
+    @property
+    def _draining(self) -> bool:
+        return isinstance(self.app, FastAPI) and self.app.state.draining
+
+    def _refuse_again(self, again: Again) -> None:
+        if isinstance(self.app, FastAPI):
+            self._write(*again.refusal.answer(self.app.state.metrics, new_id(), time.perf_counter()))
+            self.on_response_complete()
+
+    def _wait_for_more(self) -> None:
+        """As long as for a next request."""
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_body(self, body: bytes) -> None:
         if self._image is not None and self._cycle is self.cycle:
@@ -43,7 +90,12 @@ class Protocol(HttpToolsProtocol):
         else:
             super().on_body(body)
 
+    def on_message_begin(self) -> None:
+        self._between = False
+        super().on_message_begin()
+
     def on_message_complete(self) -> None:
+        self._between, self._wire = True, None
         super().on_message_complete()
         if self._image is not None and self._cycle is self.cycle:
             self._image.start()
@@ -68,7 +120,10 @@ class Protocol(HttpToolsProtocol):
             # Not with more waiting behind it: uvicorn starts the next one from within an answer, one refusal inside the other.
             short = int(call.header(b"content-length")) <= MAX_DROPPED_BYTES
             if isinstance(error, Overloaded) and short and not self.pipeline:
-                self._answer(*refusal(call, error))
+                if isinstance(error, CannotBeInTime) and self._wire is not None:
+                    self._refusals.hold(self._wire, call, error)
+                identifier = identify(call.scope)
+                self._answer(*Refusal.of(call, error).answer(call.app.state.metrics, identifier, call.started))
             else:
                 self._hand_over(HandedOver(call, error, read=False))
             return
@@ -85,16 +140,19 @@ class Protocol(HttpToolsProtocol):
         _release(cycle)
         if self.transport.is_closing():
             return
-        if isinstance(self.app, FastAPI) and self.app.state.draining:  # the client finishes here and finds another instance
+        if self._draining:  # the client finishes here and finds another instance
             cycle.keep_alive = False
-        defaults = b"".join([b"%b: %b\r\n" % header for header in cycle.default_headers])
         if not cycle.keep_alive:
             headers += "connection: close\r\n"
-        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, headers.encode(), body))
+        self._write(body, headers, status)
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def _write(self, body: bytes, headers: str, status: int) -> None:
+        defaults = b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], defaults, headers.encode(), body))
 
     def _hand_over(self, handed_over: HandedOver) -> None:
         """To the framework's way, which answers with the error."""

@@ -123,9 +123,9 @@ class Forecast:
         self._correction = correction if correction is not None else Correction()
 
     @property
-    def busy(self) -> bool:
-        """Somebody is in front."""
-        return bool(self._decoding.unfinished or self._computing.num_images)
+    def in_front(self) -> int:
+        """Images that are decoded or computed before a new one."""
+        return self._decoding.unfinished + self._computing.num_images
 
     def predict_s(self, images: int, point: int) -> float:
         """When so many new images would have their answers at an operating point, by queues and costs alone."""

@@ -210,9 +210,11 @@ def test_every_error_has_an_outcome() -> None:
     classes = {value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, ServiceError)}
     found = {}
     for cls in classes - {ServiceError, errors.RequestError}:
-        timed = cls in (Overloaded, QuotaExceeded)
-        error = cls("a sentence", retry_after_s=1) if timed else cls("a sentence")
-        found[cls.code] = outcome_of(error)
+        options: dict[str, Any] = {"retry_after_s": 1} if issubclass(cls, Overloaded | QuotaExceeded) else {}
+        if issubclass(cls, errors.CannotBeInTime):
+            options["holds"] = bool
+        outcome = outcome_of(cls("a sentence", **options))
+        assert found.setdefault(cls.code, outcome) == outcome
     assert expected == found
     assert set(expected.values()) | {"ok"} == set(OUTCOMES)
 

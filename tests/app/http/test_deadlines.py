@@ -218,7 +218,7 @@ async def test_quality_is_bent_where_refusals_are_near(tiny_repository: Path, mo
         monkeypatch.setattr(model.quality, "_clock", lambda: began_at + 0.05 * next(looks))
 
         async def ask(*, busy: bool) -> str:
-            monkeypatch.setattr(Forecast, "busy", busy)
+            monkeypatch.setattr(Forecast, "in_front", int(busy))
             return check_answer(await served.classify(JPEG, params={"timeout_ms": 10_000})).quality
 
         assert [await ask(busy=False) for _ in range(3)] == ["full"] * 3

@@ -42,10 +42,9 @@ def test_what_takes_longer_decides() -> None:
     assert Forecast(decoding, Computing(2), no_lag).predict_s(2, 0) == pytest.approx(0.128 + 0.012)
 
 
-@pytest.mark.parametrize(("decoding", "computing", "busy"), [(0, 0, False), (1, 0, True), (0, 1, True)])
-def test_it_knows_whether_anybody_is_in_front(decoding: int, computing: int, busy: bool) -> None:
-    """On a thread, or in a stage."""
-    assert Forecast(Decoding(unfinished=decoding), Computing(computing), no_lag).busy == busy
+def test_it_knows_how_many_are_in_front() -> None:
+    """On threads, and in stages."""
+    assert Forecast(Decoding(unfinished=2), Computing(3), no_lag).in_front == 5
 
 
 def test_answers_teach_a_factor_and_a_margin() -> None:
