@@ -70,7 +70,7 @@ class Overloaded(ServiceError):
 
 
 class CannotBeInTime(Overloaded):
-    """Whatever its body is.
+    """So is every request that asks for the same, whatever its body is.
 
     Args:
         holds: whether the same would still be told now.

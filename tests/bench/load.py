@@ -190,6 +190,7 @@ class _OpenLoop:
                 await self._ended
         finally:
             self._num_sent = len(arrivals_s)  # where it failed: no more
+            self._waiting.clear()
             for task in self._connecting:
                 task.cancel()
             for connection in [*self._connected]:
@@ -225,15 +226,16 @@ class _OpenLoop:
     async def _connect(self, image: int, due_at: float) -> None:
         try:
             opened = await connect(*self._server, timeout_s=self._timeout_s, keep_bodies=self._keep_bodies)
-        except OSError as error:
+        except Exception as error:  # nobody waits for this task
             self._fail(error)
             return
-        if isinstance(opened, Connection):
-            self.recorder.num_connections += 1
+        self.recorder.num_connections += isinstance(opened, Connection)
+        if isinstance(opened, Connection) and opened.usable:
             self._connected.add(opened)
             self._send(opened, image, due_at)
         else:
-            self._note(Answer(opened, time.monotonic()), image, due_at, time.monotonic())
+            outcome = Outcome.RESET if isinstance(opened, Connection) else opened  # it may have ended already
+            self._note(Answer(outcome, time.monotonic()), image, due_at, time.monotonic())
             self._num_connections -= 1
             self._place_next()
 

@@ -432,6 +432,34 @@ def test_open_loop_does_not_wait_for_answers() -> None:
     assert everyone == server.num_connections
 
 
+def test_open_loop_counts_what_a_server_ends_at_once() -> None:
+    """Whether the connection had ended when the request was to be sent, or ends then."""
+
+    async def end(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async def main() -> LoadResult:
+        server = await asyncio.start_server(end, "127.0.0.1", 0)
+        async with server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+            async with asyncio.timeout(30):
+                return await open_loop(url, [b"one"], rate=200.0, seconds=0.3, seed=7)
+
+    result = asyncio.run(main())
+    assert happened(result) == {Outcome.RESET: len(poisson_arrivals(200, 0.3, 7))}
+
+
+def test_open_loop_ends_with_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are too many open files: it says so instead of waiting for what was never sent."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr("tests.bench.load.connect", fail)
+    with pytest.raises(OSError, match="too many"):
+        run_open(lambda exchange: exchange.answer())
+
+
 def test_poisson_arrivals() -> None:
     """The mean rate is as asked, gaps are exponential (standard deviation = mean), and a seed repeats itself."""
     arrivals = np.array(poisson_arrivals(500, 40, seed=1))
