@@ -34,7 +34,7 @@ def test_the_command_says_what_is_wrong_in_one_line(inputs: Path, tmp_path: Path
     arguments = ["export", "--model", "test_vit", "--weights", str(tmp_path / "bad.safetensors"), "--version", "1"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
 
-    result = CliRunner().invoke(exporter, arguments)
+    result = CliRunner().invoke(exporter, [*arguments, "--no-int8"])
 
     assert result.exit_code == 1
     assert "bad.safetensors is not a file of weights" in result.output
@@ -102,7 +102,7 @@ def test_a_schedule_that_cannot_be_followed_publishes_nothing(inputs: Path, tmp_
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
     arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--repository", str(tmp_path)]
 
-    result = CliRunner().invoke(exporter, [*arguments, "--reduce", "tome:9,0,0,0,0,0"])
+    result = CliRunner().invoke(exporter, [*arguments, "--no-int8", "--reduce", "tome:9,0,0,0,0,0"])
 
     assert result.exit_code == 1
     assert "at most 8 can be merged, not 9" in result.output
@@ -208,7 +208,7 @@ def test_a_file_that_holds_something_else_is_refused_in_a_line(
     """Whatever was pickled; no code in it runs."""
     torch.save(content, tmp_path / "odd.pth")
     arguments = ["export", "--model", "test_vit", "--weights", str(tmp_path / "odd.pth"), "--version", "1"]
-    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--no-int8"]
 
     result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path / "repository")])
 
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_nothing_behind_and_is_told_in_a_line(
 
     monkeypatch.setattr("onnx.save", save)
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
-    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images")]
+    arguments += ["--calibration", str(inputs / "images"), "--test", str(inputs / "images"), "--no-int8"]
 
     result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path)])
 
@@ -247,7 +247,7 @@ def test_images_that_cannot_be_used_are_told_in_a_line(inputs: Path, tmp_path: P
     (tmp_path / "unlabelled" / "whatever").mkdir(parents=True)
     (tmp_path / "unlabelled" / "whatever" / "1.jpg").write_bytes(make_jpeg())
     arguments = ["export", "--model", "test_vit", "--weights", str(inputs / "weights.safetensors"), "--version", "1"]
-    arguments += ["--calibration", str(tmp_path / images), "--test", str(inputs / "images")]
+    arguments += ["--calibration", str(tmp_path / images), "--test", str(inputs / "images"), "--no-int8"]
 
     result = CliRunner().invoke(exporter, [*arguments, "--repository", str(tmp_path / "repository")])
 

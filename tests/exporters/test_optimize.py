@@ -225,15 +225,16 @@ def test_with_a_throughput_to_reach_balanced_is_the_most_faithful(config: Export
     generous = replace(config, bound=None, exits=ExitConfig(max_accuracy_drop=1.0), fast_drop=0.0)
     said = Listener()
     optimize(generous, SEARCH, tmp_path / "work", said)
-    # Two threads at 20 ms are 100 images a second; the others take 18 ms and less.
-    budget = Budget(max_latency_ms=60, target_throughput=150)
+    # Two threads at 20 ms are 100 images a second; the others take 18 ms and less: down to 15 ms in fp32 alone.
+    target = 150 if config.int8 else 120
+    budget = Budget(max_latency_ms=60, target_throughput=target)
     directory = optimize(replace(generous, version=2), SEARCH, tmp_path / "work", said, budget=budget)
 
     fastest, faithful = (float(match[1]) for step in said.steps if (match := re.search(r"balanced: .*?, ([\d.]+) ms", step)))
     receipt = json.loads((directory / "report.json").read_text())["receipt"]
     tried = [each["ms_per_image"] for each in receipt["tried"]]
     assert fastest == pytest.approx(min(tried), abs=0.01)
-    assert faithful == pytest.approx(max(ms for ms in tried if ms <= 2000 / 150), abs=0.01)
+    assert faithful == pytest.approx(max(ms for ms in tried if ms <= 2000 / target), abs=0.01)
 
 
 @pytest.mark.anyio

@@ -53,7 +53,6 @@ def run_as_written(stages: list[onnx.ModelProto], pixels: np.ndarray) -> np.ndar
     return outputs["logits"]
 
 
-@pytest.mark.skipif(not has_exact_int8(), reason="INT8 is not exact on this CPU")
 def test_qdq_pairs_say_what_the_integer_operators_do(model: MultiExitViT) -> None:
     """Only standard operators are left, and weights stay bytes."""
     spec = ZOO["test_vit"].preprocess
