@@ -28,18 +28,20 @@ TOLD: dict[str, Any] = {
 LABELS = tuple("abcde")
 
 
-def checkpoint(*, distilled: bool = False, layer_scale: bool = False, class_position: bool = True) -> dict[str, Tensor]:
-    """Random tensors under timm's names."""
+def checkpoint(
+    *, distilled: bool = False, layer_scale: bool = False, class_position: bool = True, patch: int = PATCH
+) -> dict[str, Tensor]:
+    """Random tensors under timm's names; `patch` is the side of a patch in pixels."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * 0.2
 
-    tokens = (SIDE // PATCH) ** 2 + (1 + distilled if class_position else 0)
+    tokens = (SIDE // patch) ** 2 + (1 + distilled if class_position else 0)
     state = {
         "cls_token": draw(1, 1, WIDTH),
         "pos_embed": draw(1, tokens, WIDTH),
-        "patch_embed.proj.weight": draw(WIDTH, 3, PATCH, PATCH),
+        "patch_embed.proj.weight": draw(WIDTH, 3, patch, patch),
         "patch_embed.proj.bias": draw(WIDTH),
         "norm.weight": 1 + draw(WIDTH),
         "norm.bias": draw(WIDTH),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,10 @@ from prometheus_client import CollectorRegistry
 from app.metrics import Metrics
 
 IMAGES_PER_CLASS = {"fitting": 4, "test": 2}
+# Tensors of tests are small: more OpenMP threads wait for each other longer than they compute, above all on busy cores.
+# torch reads this when it is first imported, which no module does before this one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 WEIGHT_GAIN = 4.0  # on freshly drawn weights, so that logits differ by about 1 and no tolerance is met by being small
 
 

@@ -17,6 +17,7 @@ from models.training.config import StudentConfig, TeacherConfig
 from models.training.data import Split
 from models.training.learners import StudentLearner, TeacherLearner
 from models.training.loop import accuracy_per_exit, fit, learning_rate_factor
+from models.training.teacher import ConvTeacher
 from models.zoo import ZOO
 
 ENTRY = ZOO["test_vit"]
@@ -30,6 +31,12 @@ def data() -> Split:
     labels = np.arange(64) % 2
     images = np.where(labels[:, None, None, None] == 1, 200, 50) + np.zeros((64, 32, 32, 3))
     return Split(images.astype(np.uint8), labels.astype(np.int64))
+
+
+def small_teacher() -> ConvTeacher:
+    """Of few channels: Muon's steps on kernels of the usual size take seconds each on a CPU without bfloat16."""
+    torch.manual_seed(0)
+    return ConvTeacher(len(ENTRY.labels), channels=(16, 16, 16))
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:
@@ -74,10 +81,11 @@ def test_training_learns_and_an_interrupted_run_goes_on_as_if_unbroken(
 def test_the_teacher_learns_by_the_same_loop(data: Split, tmp_path: Path) -> None:
     """One exit; its checkpoint is loaded by who distils from it."""
     config = TeacherConfig(epochs=6, batch_size=8, learning_rate=3e-3, bf16=False, augment=MILD)
-    teacher = TeacherLearner(config, ENTRY)
+    teacher = TeacherLearner(config, ENTRY, small_teacher())
     fit(teacher, config, data, data, tmp_path, "teacher")
+    assert isinstance(TeacherLearner(config, ENTRY).model, ConvTeacher)  # of its usual size where none is given
 
-    again = TeacherLearner(config, ENTRY)
+    again = TeacherLearner(config, ENTRY, small_teacher())
     again.load(tmp_path / "checkpoint.pt")
 
     assert accuracy_per_exit(again, data, bf16=False) == accuracy_per_exit(teacher, data, bf16=False)

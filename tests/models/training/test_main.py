@@ -18,6 +18,7 @@ from models.zoo import CIFAR10_LABELS
 from tests.checkpoints import checkpoint, write_checkpoint
 from tests.images import make_archive, make_jpeg, photo
 
+PATCH = 16  # of the teacher, in pixels
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -70,7 +71,8 @@ def test_further_photographs_are_trained_on(data: Path, capsys: pytest.CaptureFi
 
 def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It sees the images as it is used to, and its classifier is new; its configuration must say how it is used to see."""
-    weights, told = write_checkpoint(data, checkpoint())
+    # It sees images of 128 pixels, which are 1024 patches of 4 pixels, and 64 of these.
+    weights, told = write_checkpoint(data, checkpoint(patch=PATCH))
     arguments = ["--data", str(data), "--run-dir", str(data / "run"), "--model", "test_vit", "--epochs", "1"]
     arguments += ["--first-stage-epochs", "0", "--teacher-epochs", "1", "--teacher-weights", str(weights)]
     with pytest.raises(SystemExit):
@@ -106,7 +108,7 @@ def test_a_network_that_was_trained_elsewhere_can_teach(data: Path, capsys: pyte
         with pytest.raises(SystemExit):
             main([*arguments[:-2], *wrong])
         assert reason in capsys.readouterr().err
-    other, _ = write_checkpoint(data, checkpoint(layer_scale=True))
+    other, _ = write_checkpoint(data, checkpoint(layer_scale=True, patch=PATCH))
     with pytest.raises(ValueError, match="teacher holds a run with another weights_sha256"):
         main([*arguments, "--teacher-config", str(told), "--teacher-weights", str(other)])
 
