@@ -166,10 +166,9 @@ def _fit_thresholds(
             still_in &= ~leaving
         still_needed = [needed - right for needed in right_needed]
         swept = _sweep(scores[-1][still_in], correct[-2:, still_in], cost_through[-2:], still_needed)
-        best = [
-            min(before, (cost + inner_cost, (*(float(t) for t in outer), threshold)), key=lambda each: each[0])
-            for before, (threshold, inner_cost) in zip(best, swept, strict=True)
-        ]
+        for index, (threshold, inner_cost) in enumerate(swept):
+            if cost + inner_cost < best[index][0]:
+                best[index] = (cost + inner_cost, (*map(float, outer), threshold))
     return [thresholds for _, thresholds in best]
 
 
@@ -185,13 +184,13 @@ def _sweep(score: FloatArray, correct: Array, cost: Array, right_needed: Sequenc
     right = np.concatenate([[0], np.cumsum(here)]) + int(after.sum()) - np.concatenate([[0], np.cumsum(after)])
     falling = score[order]
     apart = np.concatenate([[True], falling[1:] < falling[:-1], [True]])[: len(score) + 1]  # equal scores leave together
+    # The most right answers that a threshold has of those that let k or more leave; it falls with k.
+    most = np.maximum.accumulate(np.where(apart, right, -1)[::-1])[::-1]
     found = []
-    for needed in right_needed:
-        possible = np.flatnonzero(apart & (right >= needed))
-        if not len(possible):
+    for last in (np.searchsorted(-most, -np.asarray(right_needed), side="right") - 1).tolist():
+        if last < 0:
             found.append((NEVER, np.inf))
             continue
-        leaving = int(possible[-1])
-        threshold = float(falling[leaving - 1]) if leaving else NEVER
-        found.append((threshold, float(cost[0]) * leaving + float(cost[1]) * (len(score) - leaving)))
+        threshold = float(falling[last - 1]) if last else NEVER
+        found.append((threshold, float(cost[0]) * last + float(cost[1]) * (len(score) - last)))
     return found

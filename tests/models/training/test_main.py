@@ -20,6 +20,7 @@ from tests.images import make_archive, make_jpeg, photo
 
 PATCH = 16  # of the teacher, in pixels
 
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the two archives; one image of each class is held out."""
