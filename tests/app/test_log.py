@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from io import StringIO
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import structlog
 
-from app.log import configure, get_logger, request_id
+from app.log import BackgroundStream, configure, get_logger, request_id
 
 Configure = Callable[[str, Literal["auto", "console", "json"]], StringIO]
 
@@ -135,3 +138,84 @@ def test_a_line_break_in_a_value_forges_no_line(configured: Configure) -> None:
     stream = configured("info", "console")
     get_logger("ours").info("request", path="/a\n2026 [info] forged")
     assert len(stream.getvalue().splitlines()) == 1
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe of one page, which nobody reads."""
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    yield read_end, write_end
+    os.close(write_end)
+
+
+def test_a_log_that_nobody_reads_stops_nobody(pipe: tuple[int, int]) -> None:
+    """What does not fit is dropped and counted; when it is read again, the log says how much is missing."""
+    read_end, write_end = pipe
+    dropped: list[int] = []
+    stream = BackgroundStream(write_end, dropped.append, max_lines=10)
+    line = "x" * 1000 + "\n"
+    for _ in range(100):
+        stream.write(line)
+    assert 80 <= len(dropped) <= 90
+    with os.fdopen(read_end, "rb") as reader:
+        assert reader.readline() == line.encode()
+        written = 1
+        while written < 100 - len(dropped):
+            assert reader.readline() == line.encode()
+            written += 1
+        stream.write("again\n")
+        assert reader.readline() == b"again\n"
+        stream.close()
+
+
+def test_lines_that_were_lost_are_told_in_the_log(configured: Configure, pipe: tuple[int, int]) -> None:
+    """In the form of the other lines."""
+    read_end, write_end = pipe
+    stream = BackgroundStream(write_end, lambda _: None, max_lines=1)
+    configure("info", "json", stream)
+    for number in range(200):
+        get_logger("ours").info("x" * 200, number=number)
+    with os.fdopen(read_end, "rb") as reader:
+        lost = 0
+        while lost < 100:
+            lost += json.loads(reader.readline()).get("lines", 0)
+            get_logger("ours").info("another")
+        stream.close()
+    assert 100 <= lost <= 400
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_stops_nobody() -> None:
+    """Each line is dropped and counted."""
+    dropped: list[int] = []
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    stream = BackgroundStream(descriptor, dropped.append)
+    for _ in range(3):
+        stream.write("a line\n")
+    stream.close()
+    os.close(descriptor)
+    assert sum(dropped) == 3
+
+
+def test_what_waits_is_written_at_the_end() -> None:
+    """In order, and whole."""
+    read_end, write_end = os.pipe()
+    stream = BackgroundStream(write_end, lambda _: None)
+    for number in range(100):
+        stream.write(f"{number} ä\n")
+    stream.close()
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as reader:
+        assert [f"{number} ä" for number in range(100)] == reader.read().decode().splitlines()
+
+
+def test_the_same_rubbish_is_logged_once_a_second(configured: Configure) -> None:
+    """And an `Upgrade` that is ignored, as it may be, not at all."""
+    stream = configured("info", "json")
+    logger = logging.getLogger("uvicorn.error")
+    for _ in range(1000):
+        logger.warning("Invalid HTTP request received.")
+        logger.warning("Unsupported upgrade request.")
+    logger.error("trouble")
+    assert [line["event"] for line in lines(stream)] == ["Invalid HTTP request received.", "trouble"]
