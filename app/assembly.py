@@ -25,6 +25,7 @@ from app.runtime.targets import ON_THE_CPU, TargetProfile, resolve_profile
 from app.scheduling.admission import Admission
 from app.scheduling.forecast import Forecast
 from app.scheduling.pipeline import StagedPipeline
+from app.scheduling.quotas import Quotas
 from app.service import InferenceService
 from app.settings import Settings
 from app.threads import Workers
@@ -70,6 +71,7 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
     admission = Admission(
         max_images=_max_in_flight(settings, profile), max_bytes=settings.limits.max_in_flight_bytes, metrics=metrics
     )
+    quotas = settings.quotas
     service = InferenceService(
         registry,
         admission,
@@ -77,6 +79,8 @@ async def open_service(settings: Settings, metrics: Metrics) -> InferenceService
         max_pixels=settings.limits.max_pixels,
         decode_threads=settings.limits.decode_threads or num_cpus(),
         max_decode_bytes=settings.limits.max_decode_bytes,
+        deadlines=settings.deadlines,
+        quotas=Quotas(images_per_s=quotas.images_per_s, burst=quotas.burst) if quotas.images_per_s else None,
     )
     names = settings.repository.models or store.names()
     if not names:

@@ -18,9 +18,10 @@ from app.errors import (
 )
 from app.imaging.budget import DecodeBudget, NeedsTime
 from app.imaging.preprocess import Pixels, load_pixels
-from app.loaded_model import Choice, LoadedModel
+from app.loaded_model import LoadedModel
 from app.log import get_logger
 from app.postprocess import top_k as top_k_labels
+from app.quality import Rung
 from app.scheduling.work import Undecoded
 from app.threads import Job, Workers
 from app.types import EncodedImage, PipelineResult, Prediction, Timings
@@ -34,25 +35,24 @@ class Terms:
     """How the images of one request are to be answered; times by `time.perf_counter`."""
 
     model: LoadedModel
-    top_k: int
-    choice: Choice
-    deadline: float
+    top_k: int  # classes per answer, 1 .. number of classes
+    rung: Rung  # the operating point
+    predicted_s: float  # how long that takes, by `Forecast.predict_s`
+    deadline: float  # what cannot be answered by then is dropped before it is computed
     started: float  # the request
-    begun: float  # the images
 
-    @property
-    def point(self) -> int:
-        """Of the model's ladder."""
-        return self.choice.rung.index
-
-    def learn(self, answers: Sequence[Prediction | ServiceError]) -> None:
+    def learn(self, answers: Sequence[Prediction | ServiceError], begun: float) -> None:
         """Have the forecast learn from how the request ended.
 
-        Whoever ran out of time teaches that it takes at least so long; who left, or sent what is no image, teaches nothing.
+        A request that ran out of time teaches that it takes at least so long. One whose client left, or that had no image in
+        it, teaches nothing.
+
+        Args:
+            begun: when its images were taken on.
         """
         now = time.perf_counter()
         if now >= self.deadline or any(isinstance(answer, Prediction) for answer in answers):
-            self.model.forecast.learn(self.choice.predicted_s, now - self.begun)
+            self.model.forecast.learn(self.predicted_s, now - begun)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Classification:
         try:
             if terms.model.decodes and isinstance(self._image, bytes):  # what is not made yet may be long
                 undecoded = Undecoded(self._load.quick, self._decode_apart)
-                terms.model.pipeline.put(undecoded, self.ended, terms.point, terms.deadline)
+                terms.model.pipeline.put(undecoded, self.ended, terms.rung.index, terms.deadline)
             else:
                 self._decode_apart()
         except Exception as error:  # or its caller would wait for ever
@@ -117,7 +117,7 @@ class Classification:
         decode_s = self._decoded_at - self._begun + result.decode_s
         timings = Timings(decode_s, result.queue_s, result.compute_s, time.perf_counter() - terms.started)
         model.observe(timings)
-        model.answered_at[terms.point].inc()
+        model.answered_at[terms.rung.index].inc()
         return Prediction(top_k_labels(result.probabilities, model.labels, terms.top_k), result.exit, timings)
 
     def _decode_apart(self) -> None:
@@ -128,7 +128,7 @@ class Classification:
         self._decoded_at = time.perf_counter()
         try:
             if error is None:
-                self._terms.model.pipeline.put(pixels, self.ended, self._terms.point, self._terms.deadline)
+                self._terms.model.pipeline.put(pixels, self.ended, self._terms.rung.index, self._terms.deadline)
         except Exception as raised:
             error = raised
         if error is not None:

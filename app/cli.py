@@ -21,19 +21,21 @@ from rich.table import Column, Table
 from app import __version__
 from app.assembly import open_service
 from app.errors import InvalidImage, ServiceError
+from app.http.answers import answer_body
 from app.http.errors import describe_validation
-from app.http.schemas import answer_body
 from app.imaging.decode import SUFFIXES
 from app.loaded_model import LoadedModel
-from app.log import configure
+from app.log import BackgroundStream, configure
 from app.metrics import Metrics, create_registry
 from app.quality import Ladder
 from app.repository.store import ModelStore
+from app.request import LocalRequest, Parameters
 from app.service import InferenceService
 from app.settings import Settings
 from app.types import Prediction
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+STDERR = 2  # its descriptor
 out = Console()
 err = Console(stderr=True)
 
@@ -81,8 +83,13 @@ def serve(
     from app.http.server import serve as run_server
 
     settings = _settings(repository, host=host, port=port)
-    configure(settings.log.level, settings.log.format)
-    run_server(create_app(settings), settings, _say_where)
+    app = create_app(settings)
+    stream = BackgroundStream(STDERR, app.state.metrics.log_lines_dropped.inc)
+    configure(settings.log.level, settings.log.format, stream)
+    try:
+        run_server(app, settings, lambda url: stream.write(_greeting(url)))
+    finally:
+        stream.close()
 
 
 @cli.command()
@@ -205,10 +212,10 @@ def _settings(repository: Path | None, *, host: str | None = None, port: int | N
     return Settings.model_validate({**settings.model_dump(), **changed})
 
 
-def _say_where(url: str) -> None:
+def _greeting(url: str) -> str:
     reachable = url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")  # noqa: S104 - shown, not listened on
     command = f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' {shlex.quote(reachable + '/v1/classify')}"
-    err.print(f"\nFovea is ready: {reachable}\n{command}\n", soft_wrap=True, highlight=False)
+    return f"\nFovea is ready: {reachable}\n{command}\n\n"
 
 
 def _images(paths: list[Path]) -> Iterator[Path]:
@@ -228,6 +235,7 @@ async def _predict(
         loaded = service.registry.get(model)
         # Named, so that it is kept: what a long list of files makes of the machine is no reason to answer less well.
         chosen = loaded.ladder[loaded.default_point].name if quality is None else quality
+        parameters = Parameters(model=model, top_k=top_k, quality=chosen)
         # Enough to fill batches, few enough to show progress and to be admitted.
         workers = min(2 * settings.batching.max_batch_size, service.admission.max_images)
         answers: list[Prediction | ServiceError | None] = [None] * len(paths)
@@ -237,7 +245,7 @@ async def _predict(
 
             async def work() -> None:
                 for index, path in queue:
-                    answers[index] = await _classify_file(service, loaded, path, top_k, chosen)
+                    answers[index] = await _classify_file(service, path, parameters)
                     progress.advance(task)
 
             await asyncio.gather(*(work() for _ in range(workers)))
@@ -251,16 +259,12 @@ async def _predict(
     return sum(isinstance(answer, ServiceError) for _, answer in results)
 
 
-async def _classify_file(
-    service: InferenceService, model: LoadedModel, path: Path, top_k: int, quality: str
-) -> Prediction | ServiceError:
+async def _classify_file(service: InferenceService, path: Path, parameters: Parameters) -> Prediction | ServiceError:
     try:
         data = await asyncio.to_thread(path.read_bytes)
     except OSError as error:
         return InvalidImage(f"the file cannot be read: {error.strerror}")
-    with service.admission.admit() as permit:
-        (answer,) = await service.classify([data], permit, model=model, top_k=top_k, choice=model.choose(quality))
-    return answer
+    return (await service.answer(LocalRequest([data], parameters))).results[0]
 
 
 def _print_json(results: list[tuple[Path, Prediction | ServiceError]]) -> None:

@@ -9,8 +9,7 @@ ServiceError
 │   └── InvalidImage        the right format, but broken
 ├── ModelNotFound           no such model or version here
 ├── ModelNotReady           known, but not loaded (yet)
-├── Overloaded              no permit left; try again after `retry_after_s`
-│   └── CannotBeInTime      those in front take longer than its time budget is
+├── Overloaded              no permit left, or too late because of those in front; try again after `retry_after_s`
 ├── QuotaExceeded           this client has sent too much; try again after `retry_after_s`
 ├── DeadlineExceeded        the time budget ended first
 ├── InferenceFailed         the model or the machine; nothing the caller can mend
@@ -19,8 +18,6 @@ ServiceError
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 
 class ServiceError(Exception):
@@ -67,18 +64,6 @@ class Overloaded(ServiceError):
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class CannotBeInTime(Overloaded):
-    """So is every request that asks for the same, whatever its body is.
-
-    Args:
-        holds: whether the same would still be told now.
-    """
-
-    def __init__(self, message: str, *, retry_after_s: float, holds: Callable[[], bool]) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.holds = holds
 
 
 class QuotaExceeded(ServiceError):

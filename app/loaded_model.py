@@ -10,7 +10,7 @@ from functools import cached_property
 
 from prometheus_client import Counter
 
-from app.errors import CannotBeInTime, InvalidRequest
+from app.errors import InvalidRequest, Overloaded
 from app.metrics import PHASES, Metrics
 from app.quality import Ladder, QualityController, Rung
 from app.runtime.pool import BackendPool
@@ -23,14 +23,6 @@ from models.manifest import ModelManifest
 
 BEARABLE = 0.5  # of a request's time budget: beyond it, quality is bent
 MIN_BUDGET_S = 0.02  # for that
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """How a request is answered."""
-
-    rung: Rung
-    predicted_s: float  # when, by `Forecast.predict_s`
 
 
 @dataclass(frozen=True)
@@ -79,8 +71,10 @@ class LoadedModel:
         *,
         images: int = 1,
         budget_s: float = math.inf,
-    ) -> Choice:
+    ) -> tuple[Rung, float]:
         """The operating point for a request that comes now: what the load asks for, or a faster one where it needs that.
+
+        With it the seconds until the answer, by `Forecast.predict_s`.
 
         Args:
             quality: the point that it names; unset: the default one, or a faster one that the load asks for.
@@ -91,7 +85,8 @@ class LoadedModel:
 
         Raises:
             InvalidRequest: there is no such point, or the floor is above the point.
-            CannotBeInTime: no point that it takes is fast enough because of those in front; who comes alone is always tried.
+            Overloaded: no point that it takes is fast enough, because of those in front. A request with nothing ahead of it is
+                never refused.
         """
         wanted, floor = (None if name is None else self.ladder.index(name) for name in (quality, min_quality))
         start = self.default_point if wanted is None else wanted
@@ -111,15 +106,14 @@ class LoadedModel:
             predicted_s = forecast.predict_s(images, point)
         while in_front and (needed_s := forecast.needed_s(predicted_s)) > budget_s:
             if point == last:
-                raise CannotBeInTime(
+                raise Overloaded(
                     f"the answer would take about {1000 * needed_s:.0f} ms and {1000 * max(0.0, budget_s):.0f} are left of the "
                     "time budget; try again later",
                     retry_after_s=min(max(needed_s - budget_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
-                    holds=lambda: forecast.in_front >= in_front,
                 )
             point += 1
             predicted_s = forecast.predict_s(images, point)
-        return Choice(self.ladder[point], predicted_s)
+        return self.ladder[point], predicted_s
 
     @property
     def failed(self) -> bool:

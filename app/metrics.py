@@ -116,6 +116,16 @@ class Metrics:
             ["model", "stage", "part"],
             registry=registry,
         )
+        self.connections = Gauge("fovea_connections", "Connections open now.", registry=registry)
+        self.connections_closed = Counter(
+            "fovea_connections_closed",
+            "Connections ended by the service: head_timeout, head_bytes, malformed, idle, unread, evicted or refused.",
+            ["reason"],
+            registry=registry,
+        )
+        self.log_lines_dropped = Counter(
+            "fovea_log_lines_dropped", "Lines of the log that could not be written, or not soon enough.", registry=registry
+        )
         self.loop_lag = Gauge(
             "fovea_event_loop_lag_seconds",
             "How late the event loop was at worst in the last seconds: a request waits so long unseen.",

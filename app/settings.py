@@ -28,6 +28,23 @@ class HttpSettings(_Section):
     max_upload_bytes: PositiveInt = Field(20 * 2**20, description="Largest request body accepted, in bytes.")
     max_images_per_request: PositiveInt = Field(64, description="Most images in one multipart or JSON request.")
     request_timeout_s: PositiveFloat = Field(30.0, description="Time budget of a request, upload included, in seconds.")
+    max_head_bytes: int = Field(
+        2**16, ge=1024, le=2**20, description="Largest head of a request, in bytes; more is refused with 431, or 400."
+    )
+    head_timeout_s: PositiveFloat = Field(
+        10.0,
+        description="Longest time from the opening of a connection, or a request's first byte, to the end of its head, in s.",
+    )
+    keep_alive_s: PositiveFloat = Field(
+        75.0,
+        description="How long a connection is kept between two requests, or while its client does not read its answers, "
+        "in seconds; more than that of the proxy in front.",
+    )
+    max_connections: PositiveInt = Field(
+        2048,
+        description="Connections open at once, fewer where the limit of open files leaves no room; beyond it the one that has "
+        "waited longest is closed, and where none waits the new one is refused with 503.",
+    )
     drain_delay_s: NonNegativeFloat = Field(
         1.0, description="After SIGTERM: how long to go on serving, not ready and closing connections, in seconds."
     )

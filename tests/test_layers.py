@@ -146,6 +146,19 @@ def test_a_third_party_is_imported_by_its_own_part_only(third_party: str) -> Non
     assert not strangers
 
 
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if module.startswith("app.http")))
+def test_nothing_private_of_a_web_framework_is_used(module: str) -> None:
+    """uvicorn, Starlette and FastAPI may change that with every release, and theirs must not be held back by us."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module != "__future__":
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        private = [name for name in names if name.startswith("_") and not name.endswith("__")]
+        assert not private, f"line {node.lineno}: {private}"
+
+
 def test_app_imports_with_torch_and_onnx_blocked() -> None:
     """Every module of the service, the HTTP application included, in an environment that has only its own extra."""
     modules = sorted(module for module in MODULES if module.startswith("app") and not module.endswith("__main__"))

@@ -1,14 +1,12 @@
-"""The public JSON: bodies of requests and answers. Answers are written directly; tests hold them to these."""
+"""The public JSON: bodies of requests and answers. `app.http.answers` writes answers directly; tests hold them to these."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import ServiceError
-from app.types import Prediction
+from app.request import Parameters
 
 EXAMPLE_PNG = (  # a red square of 8 x 8 pixels, so that the example in the API page works when it is sent
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO44uCPFTEMLQlscQwAyP5jAV5wjGUAAAAASUVORK5CYII="
@@ -32,8 +30,15 @@ class ClassifyFields(BaseModel):
         "where none is named, the model's own floor.",
     )
     timeout_ms: int | None = Field(
-        None, ge=1, description="Time budget, upload included, in milliseconds; unset: the model's own."
+        None,
+        ge=1,
+        description="Time budget in milliseconds, upload included; unset: the model's own. Also as the header "
+        "X-Request-Timeout-Ms.",
     )
+
+    def parameters(self) -> Parameters:
+        """For the use case."""
+        return Parameters(self.model, self.version, self.top_k, self.quality, self.min_quality, self.timeout_ms)
 
 
 class ClassifyJson(ClassifyFields):
@@ -148,61 +153,3 @@ class Problem(BaseModel):
     detail: str
     code: str
     request_id: str | None
-
-
-def prediction_body(prediction: Prediction) -> dict[str, Any]:
-    """The JSON of one image's prediction; see `ImageResult`. Seconds become milliseconds here."""
-    timings = prediction.timings
-    return {
-        "predictions": [
-            {"label": p.label, "index": p.index, "probability": _millionths(p.probability)} for p in prediction.predictions
-        ],
-        "exit": {
-            "stage": prediction.exit.stage,
-            "stages": prediction.exit.num_stages,
-            "confidence": _millionths(prediction.exit.confidence),
-        },
-        "timings_ms": {
-            "decode": _milliseconds(timings.decode_s),
-            "queue": _milliseconds(sum(timings.queue_s)),
-            "compute": _milliseconds(sum(timings.compute_s)),
-            "total": _milliseconds(timings.total_s),
-            "stages": [
-                {"queue": _milliseconds(queue), "compute": _milliseconds(compute)}
-                for queue, compute in zip(timings.queue_s, timings.compute_s, strict=True)
-            ],
-        },
-    }
-
-
-# Rounded by hand: `round` with digits takes four times as long, and an answer has a dozen figures.
-
-
-def _millionths(value: float) -> float:
-    return int(value * 1e6 + 0.5) / 1e6
-
-
-def _milliseconds(seconds: float) -> float:
-    return int(seconds * 1e6 + 0.5) / 1e3
-
-
-def answer_body(answer: Prediction | ServiceError) -> dict[str, Any]:
-    """The JSON of one image's answer, good or bad."""
-    if isinstance(answer, ServiceError):
-        return {"error": {"code": answer.code, "detail": str(answer)}}
-    return prediction_body(answer)
-
-
-def server_timing(predictions: Sequence[Prediction]) -> str:
-    """The Server-Timing header (W3C) of the image that took longest: decode, queue, compute of each stage, total."""
-    chosen = max(predictions, key=_total_s) if len(predictions) > 1 else predictions[0]
-    slowest = chosen.timings
-    text = f"decode;dur={1000 * slowest.decode_s:.3f}, queue;dur={1000 * sum(slowest.queue_s):.3f}"
-    # The first stage is not 0 where a cascade's first network is passed over.
-    for stage, seconds in enumerate(slowest.compute_s, start=chosen.exit.stage + 1 - len(slowest.compute_s)):
-        text += f", stage_{stage};dur={1000 * seconds:.3f}"
-    return f"{text}, total;dur={1000 * slowest.total_s:.3f}"
-
-
-def _total_s(prediction: Prediction) -> float:
-    return prediction.timings.total_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from fastapi import FastAPI
 
 from app.errors import StartupError
 from app.http.application import drain
-from app.http.protocol import Protocol
+from app.http.connections import Connection, Connections, connection_limit
 from app.log import get_logger
 from app.settings import Settings
 
@@ -33,7 +34,7 @@ FIRST_REQUEST_GRACE_S = 1.0  # at the very end: how long a connection that is op
 GC_THRESHOLD = 20_000  # more container objects made than freed before the collector looks; Python's default is 700
 
 
-def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> None:
+def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], object]) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Args:
@@ -44,33 +45,57 @@ def serve(app: FastAPI, settings: Settings, on_ready: Callable[[str], None]) -> 
         ServiceError: as `open_service`.
     """
     http = settings.http
-    config = make_config(app, settings)
     with _listen(http.host, http.port) as listener:
         host = f"[{http.host}]" if ":" in http.host else http.host
+        connections = Connections(http, app.state.metrics, connection_limit(http.max_connections))
         server = _DrainingServer(
-            config, app, http.drain_delay_s, lambda: on_ready(f"http://{host}:{listener.getsockname()[1]}")
+            make_config(app, settings, connections),
+            app,
+            connections,
+            http.drain_delay_s,
+            lambda: on_ready(f"http://{host}:{listener.getsockname()[1]}"),
         )
         server.run(sockets=[listener])
 
 
-def make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Of uvicorn."""
-    return uvicorn.Config(
+def make_config(app: FastAPI, settings: Settings, connections: Connections) -> uvicorn.Config:
+    """uvicorn's settings: h11 reads requests, and a `Connection` stands before it."""
+    http = settings.http
+    config = uvicorn.Config(
         app,
+        http="h11",  # strict, and an `Upgrade` that it does not know costs it no body (docs/adr/0028)
+        ws="none",
         log_config=None,
         access_log=False,
-        proxy_headers=False,  # nothing here looks at the client's address; and the protocol is to meet the application itself
-        timeout_graceful_shutdown=settings.http.shutdown_timeout_s,
+        proxy_headers=False,  # nothing here looks at the client's address
+        h11_max_incomplete_event_size=http.max_head_bytes,
+        timeout_keep_alive=math.ceil(http.keep_alive_s) + 60,  # `connections` is there before it
+        timeout_graceful_shutdown=http.shutdown_timeout_s,
         server_header=False,
-        http=Protocol,
         lifespan="off",  # ours, in `_DrainingServer.serve`
     )
+    config.load()
+    stock: Callable[..., asyncio.Protocol] = config.http_protocol_class
+
+    def connection(*, app_state: dict[str, Any], **options: Any) -> Connection:
+        return Connection(connections, lambda state: stock(app_state={**app_state, **state}, **options))
+
+    config.http_protocol_class = connection  # type: ignore[assignment]  # it is only ever called
+    return config
 
 
 class _DrainingServer(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_delay_s: float, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        connections: Connections,
+        drain_delay_s: float,
+        on_ready: Callable[[], object],
+    ) -> None:
         super().__init__(config)
         self._app = app
+        self._open = connections
         self._drain_delay_s = drain_delay_s
         self._on_ready = on_ready
         self._drain_task: asyncio.Task[None] | None = None
@@ -122,12 +147,10 @@ class _DrainingServer(uvicorn.Server):
         for server in self.servers:
             server.close()
         ends_at = time.monotonic() + FIRST_REQUEST_GRACE_S
-        while self._num_silent() and time.monotonic() < ends_at:  # noqa: ASYNC110 - uvicorn's connections tell nobody
+        while (self._open.num_silent or not all(task.done() for task in self._late)) and time.monotonic() < ends_at:  # noqa: ASYNC110 - they tell nobody
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
-        for connection in [*self.server_state.connections]:  # after `shutdown_timeout_s`; uvicorn has cancelled its own tasks
-            if isinstance(connection, Protocol):
-                connection.abort()
+        self._open.abort()  # after `shutdown_timeout_s`
 
     def _accept_all(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -141,13 +164,9 @@ class _DrainingServer(uvicorn.Server):
             self._late.append(loop.create_task(loop.connect_accepted_socket(self._protocol, connection)))
 
     def _protocol(self) -> asyncio.Protocol:
-        make = self.config.http_protocol_class
-        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
-
-    def _num_silent(self) -> int:
-        """Connections that no whole request head has come on yet."""
-        waiting = sum(not task.done() for task in self._late)
-        return waiting + sum(getattr(connection, "cycle", self) is None for connection in self.server_state.connections)
+        return self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

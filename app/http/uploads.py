@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import binascii
-from dataclasses import dataclass
 from functools import partial
 
 import orjson
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from app.errors import InvalidImage, InvalidRequest, PayloadTooLarge
-from app.http.call import Call
 from app.http.errors import describe_validation
 from app.http.multipart import iter_parts
 from app.http.schemas import ClassifyFields, ClassifyJson
+from app.request import Parameters, Upload
 from app.scheduling.admission import Permit
 from app.types import EncodedImage
 
@@ -24,88 +23,65 @@ MAX_FIELD_BYTES = 2**16
 MAX_PIECES = 64  # kept as they came; a byte in an object of its own takes forty
 BASE64_SLICE = 2**18  # characters; a multiple of 4
 FORMS = MULTIPART, JSON = "multipart/form-data", "application/json"  # any other body is one image
-NO_FIELDS = ClassifyFields()
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """The images of one request, in order."""
-
-    images: list[EncodedImage]
-    fields: ClassifyFields  # parameters that came in the body
-    several: bool  # the request has the form of a list, so the answer gives errors beside the images
-
-
-class Body:
-    """What has come of a body so far. However small its pieces are, they take hardly more memory than they are long."""
-
-    __slots__ = ("_pieces",)
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes | bytearray] = []
-
-    def add(self, piece: bytes) -> None:
-        """The next one."""
-        if len(self._pieces) < MAX_PIECES:
-            self._pieces.append(piece)
-        elif isinstance(last := self._pieces[-1], bytearray):
-            last += piece
-        else:
-            self._pieces.append(bytearray(piece))
-
-    def clear(self) -> None:
-        """Nobody wants it any more."""
-        self._pieces.clear()
-
-    def take(self) -> bytes:
-        """All of it, which is then forgotten here."""
-        pieces, self._pieces = self._pieces, []
-        return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], bytes) else b"".join(pieces)
-
-
-async def read_upload(call: Call, permit: Permit, *, max_bytes: int, max_images: int) -> Upload:
-    """Read and take apart a body.
+async def read_body(receive: Receive, announced: str, permit: Permit, max_bytes: int) -> bytes:
+    """The whole body.
 
     Args:
+        receive: the ASGI server's.
+        announced: the request's Content-Length; empty where it has none.
         permit: holds the bytes while the request lives.
-        max_bytes: of the whole body.
-        max_images: in one request.
+        max_bytes: the most that is accepted.
 
     Raises:
         PayloadTooLarge: as soon as it is known, before the rest is read.
-        InvalidRequest: the body has not the form that its content type says.
+        InvalidRequest: the client left before the end.
         Overloaded: too many bytes are held already.
     """
-    body = await _read_body(call, permit, max_bytes)
-    if call.media_type == MULTIPART:
-        return _from_multipart(call.header(b"content-type"), body, max_images)
-    if call.media_type == JSON:
-        return _from_json(body, max_images)
-    # Anything else is one image: what it is decides its content, not its label. curl --data-binary without a header
-    # says application/x-www-form-urlencoded, for one.
-    return Upload([body], NO_FIELDS, several=False)
-
-
-async def _read_body(call: Call, permit: Permit, max_bytes: int) -> bytes:
-    announced = call.header(b"content-length")
     if announced.isdecimal():
         if int(announced) > max_bytes:
             raise PayloadTooLarge(f"the body has {announced} bytes and at most {max_bytes} are accepted")
         permit.take_bytes(int(announced))
-    body = Body()
+    pieces: list[bytes | bytearray] = []
     size, more = 0, True
-    try:
-        while more:
-            chunk, more = await call.next_chunk()
-            size += len(chunk)
-            if size > max_bytes:
-                raise PayloadTooLarge(f"the body has more than the {max_bytes} bytes that are accepted")
-            if size > permit.num_bytes:  # no length was announced
-                permit.take_bytes(size - permit.num_bytes)
-            body.add(chunk)
-    except ClientDisconnect as error:
-        raise InvalidRequest("the connection was closed before the whole body had come") from error
-    return body.take()
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the connection was closed before the whole body had come")
+        piece, more = message.get("body", b""), message.get("more_body", False)
+        size += len(piece)
+        if size > max_bytes:
+            raise PayloadTooLarge(f"the body has more than the {max_bytes} bytes that are accepted")
+        if size > permit.num_bytes:  # no length was announced
+            permit.take_bytes(size - permit.num_bytes)
+        # However small the pieces are, they take hardly more memory than they are long.
+        if len(pieces) < MAX_PIECES:
+            pieces.append(piece)
+        elif isinstance(last := pieces[-1], bytearray):
+            last += piece
+        else:
+            pieces.append(bytearray(piece))
+    return pieces[0] if len(pieces) == 1 and isinstance(pieces[0], bytes) else b"".join(pieces)
+
+
+def take_apart(media_type: str, content_type: str, body: bytes, max_images: int) -> Upload:
+    """The images of a body, and the parameters in it.
+
+    Args:
+        media_type: the content type without its parameters, in lower case.
+        max_images: in one request.
+
+    Raises:
+        PayloadTooLarge, InvalidRequest: it has too many images, or not the form that its content type says.
+    """
+    if media_type == MULTIPART:
+        return _from_multipart(content_type, body, max_images)
+    if media_type == JSON:
+        return _from_json(body, max_images)
+    # Anything else is one image: what it is decides its content, not its label. curl --data-binary without a header
+    # says application/x-www-form-urlencoded, for one.
+    return Upload([body], Parameters(), several=False)
 
 
 def _from_multipart(content_type: str, body: bytes, max_images: int) -> Upload:
@@ -128,7 +104,7 @@ def _from_multipart(content_type: str, body: bytes, max_images: int) -> Upload:
         fields[part.name] = part.content.decode(errors="replace")
     _check_count(len(images), max_images, "the multipart body has no file; send each image as a file part")
     try:
-        return Upload(images, ClassifyFields.model_validate(fields), several=len(images) > 1)
+        return Upload(images, ClassifyFields.model_validate(fields).parameters(), several=len(images) > 1)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
 
@@ -152,8 +128,8 @@ def _from_json(body: bytes, max_images: int) -> Upload:
         parsed = ClassifyJson.model_validate(value)
     except ValidationError as error:
         raise InvalidRequest(describe_validation(error.errors())) from error
-    fields = ClassifyFields.model_validate(parsed.model_dump(exclude={"images"}))
-    return Upload([partial(_from_base64, text) for text in parsed.images], fields, several=len(parsed.images) > 1)
+    images = [partial(_from_base64, text) for text in parsed.images]
+    return Upload(images, parsed.parameters(), several=len(images) > 1)
 
 
 def _from_base64(text: str) -> bytes:

@@ -20,6 +20,7 @@ from app.errors import InferenceFailed, ModelInvalid, ModelNotFound, Overloaded,
 from app.exits import ExitPolicy, max_softmax
 from app.metrics import Metrics
 from app.postprocess import softmax
+from app.request import LocalRequest, Parameters
 from app.runtime.cpu import has_exact_int8
 from app.runtime.ort_backend import OrtBackend
 from app.runtime.selection import VariantChoice
@@ -110,8 +111,7 @@ def use_spread_exits(root: Path, variant: str, images: np.ndarray) -> None:
 
 
 async def classify(service: InferenceService, images: list[bytes]) -> list[Prediction | ServiceError]:
-    with service.admission.admit() as permit:
-        return await service.classify(images, permit, model=service.registry.get(), top_k=10)
+    return (await service.answer(LocalRequest(images, Parameters(top_k=10)))).results
 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -343,9 +344,9 @@ def test_many_files_are_answered_at_the_quality_that_was_asked_for(
     chosen = LoadedModel.choose
     named: list[str | None] = []
 
-    def choose(model: LoadedModel, quality: str | None = None, **options: object) -> object:
+    def choose(model: LoadedModel, quality: str | None = None, *rest: Any, **options: Any) -> object:
         named.append(quality)
-        return chosen(model, quality, **options)  # type: ignore[arg-type]
+        return chosen(model, quality, *rest, **options)
 
     monkeypatch.setattr(LoadedModel, "choose", choose)
     fovea("predict", str(folder), *arguments)

@@ -22,6 +22,7 @@ BOUNDED = {
     "stage",
     "part",
     "quality",
+    "reason",
 }  # by the repository or by a tuple of ours
 
 

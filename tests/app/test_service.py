@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,19 @@ import app.classification
 from app import errors
 from app.assembly import open_service
 from app.classification import outcome_of
-from app.errors import InferenceFailed, InvalidImage, InvalidRequest, Overloaded, QuotaExceeded, ServiceError, UnsupportedImage
+from app.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidImage,
+    InvalidRequest,
+    Overloaded,
+    QuotaExceeded,
+    ServiceError,
+    UnsupportedImage,
+)
 from app.imaging.cost import QUICK_BYTES, QUICK_PIXELS
 from app.metrics import OUTCOMES, Metrics
+from app.request import LocalRequest, Parameters
 from app.service import InferenceService
 from app.types import EncodedImage, Prediction
 from tests.app.http.served import MODEL, Gate, in_background, make_settings, until
@@ -50,8 +59,7 @@ async def service(tiny_repository: Path, metrics: Metrics) -> AsyncIterator[Infe
 
 
 async def classify(service: InferenceService, *images: bytes, top_k: int = 10) -> list[Prediction | ServiceError]:
-    with service.admission.admit() as permit:
-        return await service.classify(images, permit, model=service.registry.get(), top_k=top_k)
+    return (await service.answer(LocalRequest(images, Parameters(top_k=top_k)))).results
 
 
 @pytest.mark.parametrize(
@@ -83,8 +91,7 @@ async def test_images_are_decoded_where_they_are_computed_unless_that_takes_long
     load = app.classification.load_pixels
     monkeypatch.setattr(app.classification, "load_pixels", load_pixels)
     service = await open_service(make_settings(tiny_repository, limits={"decode_threads": decode_threads}), metrics)
-    with service.admission.admit() as permit:
-        (answer,) = await service.classify([image], permit, model=service.registry.get())
+    (answer,) = (await service.answer(LocalRequest([image]))).results
     assert isinstance(answer, Prediction)
     assert answer.timings.decode_s > 0
     await service.close()
@@ -211,8 +218,6 @@ def test_every_error_has_an_outcome() -> None:
     found = {}
     for cls in classes - {ServiceError, errors.RequestError}:
         options: dict[str, Any] = {"retry_after_s": 1} if issubclass(cls, Overloaded | QuotaExceeded) else {}
-        if issubclass(cls, errors.CannotBeInTime):
-            options["holds"] = bool
         outcome = outcome_of(cls("a sentence", **options))
         assert found.setdefault(cls.code, outcome) == outcome
     assert expected == found
@@ -235,13 +240,10 @@ async def test_only_what_was_answered_or_ran_out_of_time_teaches_the_forecast(
             with pytest.raises(asyncio.CancelledError):
                 await left
         assert taught == []
-        with service.admission.admit() as permit:
-            deadline = time.perf_counter() + 0.01
-            late = asyncio.ensure_future(service.classify([JPEG], permit, model=model, deadline=deadline))
-            await asyncio.sleep(0.02)
-            late.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await late
+        late = LocalRequest([JPEG])
+        late.longest_s = 0.01
+        with pytest.raises(DeadlineExceeded, match=r"0\.01 s"):
+            await service.answer(late)
     (took_s,) = taught
     assert took_s > 0.01
     await classify(service, b"text", JPEG)

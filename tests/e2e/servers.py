@@ -42,10 +42,11 @@ class Server:
     Args:
         repository: with the models.
         log: where the process writes.
+        max_files: its limit of open files; None: ours.
         settings: more environment variables, without `FOVEA_`.
     """
 
-    def __init__(self, repository: Path, log: Path, **settings: object) -> None:
+    def __init__(self, repository: Path, log: Path, *, max_files: int | None = None, **settings: object) -> None:
         ours = {
             "REPOSITORY__ROOT": repository,
             "RUNTIME__VARIANT": "fp32",
@@ -55,10 +56,11 @@ class Server:
         }
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
         environment |= {f"FOVEA_{name}": str(value) for name, value in ours.items()}
+        limit = () if max_files is None else ("sh", "-c", f'ulimit -n {max_files} && exec "$@"', "sh")
         self._log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "app", "serve"],
+                [*limit, sys.executable, "-m", "app", "serve"],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

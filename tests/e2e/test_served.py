@@ -31,7 +31,7 @@ HEAD = f"POST {CLASSIFY} HTTP/1.1\r\nHost: fovea\r\n"
 def server(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for all tests here, so each also shows that what the others did left no damage."""
     log = tmp_path_factory.mktemp("served") / "log"
-    settings = {"HTTP__MAX_UPLOAD_BYTES": MAX_UPLOAD_BYTES, "LOG__ACCESS": True}
+    settings = {"HTTP__MAX_UPLOAD_BYTES": MAX_UPLOAD_BYTES, "HTTP__HEAD_TIMEOUT_S": 2, "LOG__ACCESS": True}
     with Server(tiny_repository, log, **settings) as server:
         yield server
         server.wait_idle()

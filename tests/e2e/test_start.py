@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,43 @@ def test_the_loop_leaves_cores_to_instances(tiny_repository: Path, tmp_path: Pat
 
     assert policies.pop(process) == os.SCHED_BATCH
     assert list(policies.values()).count(os.SCHED_OTHER) >= 2
+
+
+@pytest.mark.parametrize("log", ["nobody reads it", "no space"])
+def test_a_log_that_cannot_be_written_stops_nothing(tiny_repository: Path, log: str) -> None:
+    """A thousand lines into a pipe that nobody empties; and a start with no space for the first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment |= {"FOVEA_LOG__ACCESS": "1", "FOVEA_RUNTIME__VARIANT": "fp32"}
+    command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--repository", str(tiny_repository)]
+    with Path("/dev/full").open("wb") as full:
+        stderr = full if log == "no space" else subprocess.PIPE
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        wait_ready(process, port)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        for _ in range(1000):
+            connection.request("GET", "/nothing/" + "x" * 100)
+            response = connection.getresponse()
+            assert (response.status, len(response.read()) > 0) == (404, True)
+        connection.close()
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    """Until a connection is accepted; the log cannot tell."""
+    ends_at = time.monotonic() + 3 * PATIENCE_S
+    while True:
+        assert process.poll() is None
+        assert time.monotonic() < ends_at
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+        else:
+            return

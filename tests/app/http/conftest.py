@@ -28,7 +28,7 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=WAYS)
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What holds for the framework's way holds for the short one (docs/adr/0022)."""
+    """What holds for the application alone holds behind its server."""
     with going(request.param):
         yield
 
@@ -38,6 +38,14 @@ async def served(tiny_repository: Path) -> AsyncIterator[Served]:
     """The application with the tiny model."""
     async with running(make_settings(tiny_repository)) as served:
         yield served
+
+
+@pytest.fixture
+async def served_over_socket(tiny_repository: Path) -> AsyncIterator[Served]:
+    """The same, behind its server."""
+    with going("over a socket"):
+        async with running(make_settings(tiny_repository)) as served:
+            yield served
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from uvicorn.server import ServerState
 
 from app.http.application import create_app
+from app.http.connections import Connections
 from app.http.errors import PROBLEM_JSON, STATUSES, TYPE_PREFIX
-from app.http.protocol import Protocol
 from app.http.schemas import ClassifyResponse, Problem
 from app.http.server import make_config
 from app.metrics import Metrics
@@ -98,10 +98,12 @@ async def plain_asgi(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 @asynccontextmanager
 async def over_socket(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client that calls it over a socket and the service's own protocol."""
-    config, state = make_config(app, app.state.settings), ServerState()
+    """A client that calls it over a socket, through what stands before the application in the server."""
+    settings: Settings = app.state.settings
+    connections = Connections(settings.http, app.state.metrics, settings.http.max_connections)
+    config, state = make_config(app, settings, connections), ServerState()
     server = await asyncio.get_running_loop().create_server(
-        lambda: Protocol(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        lambda: config.http_protocol_class(config=config, server_state=state, app_state={}), "127.0.0.1", 0
     )
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:

@@ -40,3 +40,12 @@ async def test_a_service_whose_model_failed_is_live_but_not_ready(served: Served
     (model,) = (await served.client.get("/v1/models")).json()["models"]
     assert not model["ready"]
     served.assert_nothing_in_flight()
+
+
+@pytest.mark.parametrize(("name", "path"), [("/healthz", "live"), ("/livez", "live"), ("/readyz", "ready")])
+async def test_the_names_that_kubernetes_uses_mean_the_same(served: Served, name: str, path: str) -> None:
+    """Also in a drain."""
+    for _ in range(2):
+        ours, theirs = await served.client.get(f"/health/{path}"), await served.client.get(name)
+        assert (ours.status_code, ours.json()) == (theirs.status_code, theirs.json())
+        drain(served.app)

@@ -10,13 +10,13 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from app.http.application import drain
-from app.http.errors import unexpected_problem
 from app.http.middleware import RequestContextMiddleware
 from app.log import request_id
 from tests.app.http.conftest import LogLines
 from tests.app.http.served import (
     CLASSIFY,
     JPEG,
+    MODEL,
     Gate,
     Served,
     check_answer,
@@ -89,13 +89,33 @@ async def test_requests_at_the_same_time_keep_their_ids(tiny_repository: Path, g
     assert [f"id-{number}" for number in range(6)] == found
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/health/live", "/health/ready", "/metrics", "/v1/models", "/static/page.js"])
-async def test_head_is_get_without_the_body(served: Served, path: str) -> None:
-    """As RFC 9110 asks of every server; health checks use it."""
-    got, head = await served.client.get(path), await served.client.head(path)
-    assert (head.status_code, head.content) == (200, b"")
-    assert got.headers["content-type"] == head.headers["content-type"]
-    assert head.headers.get("content-length", "0") != "0"
+UNLISTED = ["/", "/docs", "/openapi.json", "/healthz", "/livez", "/readyz", "/static/page.js", "/static/swagger/swagger-ui.css"]
+
+
+def get_paths(served: Served) -> list[str]:
+    """Every address that answers GET."""
+    listed = [path for path, methods in served.app.openapi()["paths"].items() if "get" in methods]
+    assert {"/metrics", "/v1/models", "/v1/models/{name}/versions/{version}"} <= {*listed}
+    return [*UNLISTED, *(path.replace("{name}", MODEL).replace("{version}", "1") for path in listed)]
+
+
+async def test_head_is_get_without_the_body(served: Served) -> None:
+    """On every address, as RFC 9110 asks of every server; health checks use it."""
+    for path in get_paths(served):
+        got, head = await served.client.get(path), await served.client.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert got.headers["content-type"] == head.headers["content-type"]
+        assert head.headers.get("content-length", "0") != "0"
+
+
+async def test_a_slash_at_the_end_makes_no_difference(served: Served) -> None:
+    """And is no reason for a redirect, which would name http:// where a proxy speaks https."""
+    for path in get_paths(served):
+        got, with_slash = await served.client.get(path), await served.client.get(path.rstrip("/") + "/")
+        assert (with_slash.status_code, with_slash.headers["content-type"]) == (200, got.headers["content-type"]), path
+    check_answer(await served.client.post(CLASSIFY + "/", content=JPEG))
+    for path in ("/nothing/", "/static/", "/v1/", "//", "/v1/models//"):
+        assert (await served.client.get(path)).status_code in (200, 404), path
 
 
 async def test_only_our_failures_are_logged_unless_access_is_asked_for(tiny_repository: Path, log_lines: LogLines) -> None:
@@ -162,8 +182,17 @@ async def test_after_the_answer_has_begun_an_error_goes_to_the_server(log_lines:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    middleware = RequestContextMiddleware(broken, access_log=False, on_unexpected=unexpected_problem)
-    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"x-request-id", b"mine")], "app": App}
+    middleware = RequestContextMiddleware(broken, max_head_bytes=1000, access_log=False)
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/",
+        "raw_path": b"/",
+        "query_string": b"",
+        "headers": [(b"x-request-id", b"mine")],
+        "app": App,
+    }
     with pytest.raises(RuntimeError, match="too late"):
         await middleware(scope, receive, send)
     assert [message["type"] for message in sent] == ["http.response.start"]

@@ -10,14 +10,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from app.errors import InvalidImage
+from app.http.answers import answer_body, prediction_body, server_timing
 from app.http.schemas import (
     EXAMPLE_PNG,
     ClassifyFields,
     ClassifyJson,
     ImageResult,
-    answer_body,
-    prediction_body,
-    server_timing,
 )
 from app.types import ExitInfo, LabelScore, Prediction, Timings
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import binascii
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Receive
 
 from app.http import middleware
-from app.http.uploads import BASE64_SLICE, MAX_FIELD_BYTES, MAX_FORM_FIELDS, MAX_PIECES, Body
+from app.http.uploads import BASE64_SLICE, MAX_FIELD_BYTES, MAX_FORM_FIELDS, read_body
 from tests.app.http.served import (
     CLASSIFY,
     JPEG,
@@ -296,11 +297,29 @@ async def test_a_nested_json_body_is_refused_before_it_is_parsed(served: Served,
 
 
 @pytest.mark.parametrize("pieces", [[], [b""], [b"abc"], [b"a"] * 1000, [bytes([i % 256]) * (i % 7) for i in range(500)]])
-def test_a_body_is_the_sum_of_its_pieces_and_no_larger(pieces: list[bytes]) -> None:
-    """A million of one byte each would take forty million, were they kept."""
-    body = Body()
-    for piece in pieces:
-        body.add(piece)
-    assert len(body._pieces) <= MAX_PIECES + 1
-    assert body.take() == b"".join(pieces)
-    assert body.take() == b""
+async def test_a_body_is_the_sum_of_its_pieces(served: Served, pieces: list[bytes]) -> None:
+    """However they come."""
+    with served.service.admission.admit() as permit:
+        assert await read_body(_receive(pieces), "", permit, 2**20) == b"".join(pieces)
+
+
+async def test_a_body_of_tiny_pieces_takes_little_more_than_it_is_long(served: Served) -> None:
+    """A hundred thousand of one byte each would take four million, were they kept."""
+    with served.service.admission.admit() as permit:
+        tracemalloc.start()
+        body = await read_body(_receive(b"a" for _ in range(100_000)), "", permit, 2**20)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(body) == 100_000
+    assert peak < 10 * len(body)
+
+
+def _receive(pieces: Iterable[bytes]) -> Receive:
+    """As a server gives them, and the end of the body after them."""
+    left = iter(pieces)
+
+    async def receive() -> Message:
+        piece = next(left, None)
+        return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
+
+    return receive
