@@ -7,9 +7,13 @@ SERVE_ENV := .venv-serve
 DEV_ENV := .venv
 RUN ?= runs/vit_cifar10
 PIP_FLAGS := --quiet --disable-pip-version-check
+# The lower bound in pyproject.toml, in a folder of its own that Python looks into first: all else is as with the newest one.
+OLDEST_UVICORN := 0.38.0
+OLDEST_UVICORN_DIR := $(CURDIR)/$(DEV_ENV)/uvicorn-$(OLDEST_UVICORN)
+WITH_OLDEST_UVICORN := EXPECTED_UVICORN=$(OLDEST_UVICORN) PYTHONPATH=$(OLDEST_UVICORN_DIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format bench train container-test clean
+.PHONY: help install serve test test-integration lint format bench train container-test clean
 
 help: ## Say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,6 +25,11 @@ serve: $(SERVE_ENV)/.installed ## Serve the embedded model: make serve PORT=8000
 
 test: $(DEV_ENV)/.installed ## Run the tests
 	@$(DEV_ENV)/bin/python -m pytest
+
+test-integration: $(DEV_ENV)/.integration ## Run clients in other languages, and the HTTP tests with the oldest uvicorn
+	@$(DEV_ENV)/bin/python -m pytest -m integration -rs tests/integration
+	@$(WITH_OLDEST_UVICORN) $(DEV_ENV)/bin/python -c 'import uvicorn; print("Now with uvicorn", uvicorn.__version__)'
+	@$(WITH_OLDEST_UVICORN) $(DEV_ENV)/bin/python -m pytest -m 'not container' -rs tests/integration tests/app/http tests/e2e
 
 lint: $(DEV_ENV)/.installed ## Check style and types
 	@$(DEV_ENV)/bin/ruff check .
@@ -54,6 +63,12 @@ $(DEV_ENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up the development environment with torch (once)..."
 	@$(call make_env,$(DEV_ENV))
 	@$(DEV_ENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[cpu,export,test]'
+	@touch $@
+
+$(DEV_ENV)/.integration: $(DEV_ENV)/.installed Makefile
+	@echo "Adding what the integration tests need (once)..."
+	@$(DEV_ENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[integration]'
+	@$(DEV_ENV)/bin/pip install $(PIP_FLAGS) --no-deps --upgrade --target $(OLDEST_UVICORN_DIR) uvicorn==$(OLDEST_UVICORN)
 	@touch $@
 
 define make_env
