@@ -105,7 +105,7 @@ class BackendPool:
         self._watch = asyncio.get_running_loop().call_later(self._watch_s, self._look)
         timeout_s = self._run_timeout_s or math.inf
         for index, instance in enumerate(self._instances):
-            if instance.give_up(timeout_s):
+            if (work := instance.give_up(timeout_s)) is not None:
                 # The thread cannot be ended; it is left to itself, and whatever it still brings is not looked at.
                 log.error("a run did not end and was given up", stage=instance.stage, seconds=timeout_s)
                 self._health.gave_up()
@@ -113,7 +113,7 @@ class BackendPool:
                     self._counter.inc()
                 self._busy.discard(instance)
                 self._instances[index] = self._start_instance(index)
-                instance.stop_work(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
+                work.stop(TimeoutError(f"the run of stage {instance.stage} did not end within {timeout_s:g} s"))
         self._health.try_again()
 
     def _start_instance(self, index: int) -> _Instance:
@@ -178,24 +178,23 @@ class _Instance:
         self.wake()
         self._thread.join()
 
-    def give_up(self, timeout_s: float) -> bool:
-        """Whether its run goes on for longer than that; then what it brings is not looked at, and the thread ends after it."""
+    def give_up(self, timeout_s: float) -> Work | None:
+        """The work whose run goes on for longer than that; None: there is none.
+
+        What the run brings is not looked at, and the thread ends after it. The caller stops the work: the run may end as soon
+        as it is told to, and nobody else does.
+        """
         with self._lock:
             if not self._given_up and self._began is not None and time.monotonic() - self._began > timeout_s:
                 self._given_up = self._control.terminate = True
-                return True
-            return False
+                return self._work
+            return None
 
     def end_abandoned(self) -> None:
         """End its run, if there is one and nobody waits for it."""
         with self._lock:  # who is aboard changes only between runs
             if self._began is not None and self._work is not None and self._work.abandoned:
                 self._control.terminate = True
-
-    def stop_work(self, error: Exception) -> None:
-        """Of an instance given up: its work waits for the run for ever."""
-        if self._work is not None:
-            self._work.stop(error)
 
     def _live(self) -> None:
         while not self._closed and not self._given_up:

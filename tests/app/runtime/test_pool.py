@@ -263,6 +263,27 @@ async def test_a_run_given_up_is_also_ended() -> None:
             await until(lambda: not stuck._thread.is_alive())
 
 
+async def test_a_run_that_ends_at_once_when_it_is_given_up_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread is over before the pool has done with it; the work is stopped all the same."""
+    backend = FakeBackend()
+    pool = BackendPool([backend], run_timeout_s=0.2)
+    async with working(pool) as queue:
+        (stuck,) = pool._instances
+        start = pool._start_instance
+
+        def start_late(index: int) -> object:
+            stuck._thread.join(PATIENCE_S)
+            return start(index)
+
+        monkeypatch.setattr(pool, "_start_instance", start_late)
+        with backend.held():
+            future = queue.put(1)
+            await backend.began(1)
+            stuck._began = -1e9
+            with pytest.raises(RuntimeError, match="stopped"):
+                await future
+
+
 async def test_a_pool_that_gave_up_too_many_runs_has_failed() -> None:
     """Each may hold a core for ever."""
     backend = FakeBackend()
