@@ -22,6 +22,7 @@ from prometheus_client import (
 DURATION_BUCKETS = tuple(0.0005 * 2**step for step in range(16))
 SIZE_BUCKETS = tuple(float(2**step) for step in range(9))  # 1 .. 256 images
 OUTCOMES = ("ok", "client_error", "overloaded", "timeout", "failed")  # every value that the label `outcome` takes
+REASONS = ("head_timeout", "head_bytes", "malformed", "idle", "unread", "evicted", "refused")  # of a connection's end
 PHASES = ("decode", "queue", "compute")
 
 
@@ -123,6 +124,8 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        for reason in REASONS:  # so that a rate sees the first one
+            self.connections_closed.labels(reason)
         self.log_lines_dropped = Counter(
             "fovea_log_lines_dropped", "Lines of the log that could not be written, or not soon enough.", registry=registry
         )

@@ -38,12 +38,12 @@ class HttpSettings(_Section):
     keep_alive_s: PositiveFloat = Field(
         75.0,
         description="How long a connection is kept between two requests, or while its client does not read its answers, "
-        "in seconds; more than that of the proxy in front.",
+        "in seconds; set it longer than the proxy's idle timeout.",
     )
     max_connections: PositiveInt = Field(
         2048,
-        description="Connections open at once, fewer where the limit of open files leaves no room; beyond it the one that has "
-        "waited longest is closed, and where none waits the new one is refused with 503.",
+        description="Connections open at once, fewer where the limit of open files leaves no room; beyond it the longest-idle "
+        "one is closed; if none is idle, the new one is refused with 503.",
     )
     drain_delay_s: NonNegativeFloat = Field(
         1.0, description="After SIGTERM: how long to go on serving, not ready and closing connections, in seconds."

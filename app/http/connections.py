@@ -227,6 +227,10 @@ class Connection(asyncio.Protocol):
         if self.state not in ("closing", "unread"):
             self._enter("busy")
 
+    def refused(self, reason: str) -> None:
+        """It is refused by its head, and its answer ends the connection."""
+        self._all.count(reason)
+
     def body_ended(self) -> None:
         """All of its body has come."""
         self._body_ended = True
@@ -253,7 +257,7 @@ class Connection(asyncio.Protocol):
         if self.state == "closing" or self._transport.get_write_buffer_size():  # what the client does not take would keep it
             self._transport.abort()
         elif reason == "head_timeout" and self._num_head_bytes and (self._body_ended or not self.has_asked):
-            self._refuse("head_timeout", "the head of the request did not come whole in time")
+            self._refuse("head_timeout", "the head of the request was not complete in time")
         else:
             self._transport.close()
             self._enter("closing")

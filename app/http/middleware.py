@@ -25,6 +25,7 @@ ACCEPTED = re.compile(rb"[A-Za-z0-9._:-]{1,128}")  # taken over as it is; anythi
 MAX_LINGER_BYTES, LINGER_S = 10 * 2**20, 1.0
 # So much of a body that nobody wants is cheaper to take than a new connection: the server drops it as it comes.
 MAX_DROPPED_BYTES = 2**20
+REFUSED_FOR = {"head_too_large": "head_bytes", "malformed_request": "malformed"}  # code -> reason of the metric
 
 
 class RequestContextMiddleware:
@@ -49,9 +50,10 @@ class RequestContextMiddleware:
         token = request_id.set(head.identifier)
         started = time.perf_counter()
         refusal = self._refusal(head)
-        exchange = _Exchange(scope, receive, send, head, must_close=refusal is not None)
+        exchange = _Exchange(scope, receive, send, head, refused=None if refusal is None else REFUSED_FOR[refusal[0]])
         try:
-            await (refusal or self._app)(_inner(scope), exchange.receive, exchange.send)
+            app = self._app if refusal is None else problem(*refusal)
+            await app(_inner(scope), exchange.receive, exchange.send)
         except Exception as error:
             answer = unexpected_problem(error)
             if exchange.status:  # the answer has begun: the server can only close the connection
@@ -66,17 +68,14 @@ class RequestContextMiddleware:
             request_id.reset(token)
             exchange.end()
 
-    def _refusal(self, head: _Head) -> ASGIApp | None:
-        """The answer to a request that is refused by its head alone, whatever it is for."""
+    def _refusal(self, head: _Head) -> tuple[str, str] | None:
+        """Code and detail of the answer to a request that is refused by its head alone, whatever it is for."""
         if head.num_bytes > self._max_head_bytes:
-            return problem("head_too_large", f"the head of the request has more than the {self._max_head_bytes} bytes accepted")
+            return "head_too_large", f"the head of the request has more than the {self._max_head_bytes} bytes accepted"
         if head.version not in ("1.0", "1.1"):
-            return problem("malformed_request", f"the request is in HTTP/{head.version}; send it in HTTP/1.1")
+            return "malformed_request", f"the request is in HTTP/{head.version}; send it in HTTP/1.1"
         if head.is_ambiguous:
-            return problem(
-                "malformed_request",
-                "Content-Length and Transfer-Encoding together, or in HTTP/1.0, leave open where the body ends",
-            )
+            return "malformed_request", "send Content-Length or Transfer-Encoding, not both; HTTP/1.0 has no Transfer-Encoding"
         return None
 
 
@@ -117,21 +116,24 @@ class _Exchange:
     """One request and its answer, as the server's `receive` and `send` pass them.
 
     Args:
-        must_close: its answer is the last one on the connection.
+        refused: why the request is refused by its head, as `fovea_connections_closed_total` says it; then its answer is the
+            last one on the connection. None: it is not refused so.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, head: _Head, *, must_close: bool) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, head: _Head, *, refused: str | None) -> None:
         self.status = 0  # until the answer begins
         self.lingered_s = 0.0  # after the answer, for the rest of a body
         self._receive = receive
         self._send = send
         self._head = head
         self._state = scope["app"].state
-        self._must_close = must_close
+        self._must_close = refused is not None
         self._body_ended = self._unread = False
         self._connection: Connection | None = scope.get("state", {}).get("connection")
         if self._connection is not None:
             self._connection.request_began(has_body=head.num_body_bytes > 0, version=head.version)
+            if refused is not None:
+                self._connection.refused(refused)
 
     async def receive(self) -> Message:
         message = await self._receive()

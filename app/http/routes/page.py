@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
-from fastapi.responses import FileResponse, Response
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 router = APIRouter(include_in_schema=False)
@@ -29,8 +29,10 @@ async def page() -> FileResponse:
 
 
 @router.get("/docs")
-async def docs() -> FileResponse:
+async def docs(request: Request) -> Response:
     """The API, to read and to try; FastAPI's own page loads its scripts from a content delivery network."""
+    if request.scope["raw_path"].endswith(b"/"):  # the page's links are relative, so that it works below any prefix
+        return RedirectResponse("../docs")
     return FileResponse(STATIC / "docs.html", headers=HEADERS)
 
 

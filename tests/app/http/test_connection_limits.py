@@ -62,6 +62,7 @@ async def test_a_head_may_be_as_long_as_is_said_and_not_one_byte_longer(tiny_rep
             (refused,) = await read_all(reader)
         check_problem(refused, 431, "head_too_large", "2000 bytes")
         assert refused.headers["connection"] == "close"
+        assert ended(served, "head_bytes") == 1
 
 
 async def test_a_head_without_end_is_stopped_while_it_comes(tiny_repository: Path, log_lines: LogLines) -> None:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.metrics import OUTCOMES, PHASES
+from app.metrics import OUTCOMES, PHASES, REASONS
 from tests.app.http.served import BAD_REQUESTS, CLASSIFY, JPEG, MODEL, PNG, Served, as_files, check_answer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("both_ways")]
@@ -26,6 +26,7 @@ ALLOWED_LABELS = {
     "version": {"1"},
     "variant": {"fp32"},
     "target": {"cpu", "cpu_vnni"},
+    "reason": set(REASONS),
 }
 
 

@@ -109,9 +109,10 @@ async def test_head_is_get_without_the_body(served: Served) -> None:
 
 
 async def test_a_slash_at_the_end_makes_no_difference(served: Served) -> None:
-    """And is no reason for a redirect, which would name http:// where a proxy speaks https."""
+    """And is no reason for a redirect to a host, which would name http:// where a proxy speaks https."""
     for path in get_paths(served):
-        got, with_slash = await served.client.get(path), await served.client.get(path.rstrip("/") + "/")
+        got = await served.client.get(path)
+        with_slash = await served.client.get(path.rstrip("/") + "/", follow_redirects=path == "/docs")
         assert (with_slash.status_code, with_slash.headers["content-type"]) == (200, got.headers["content-type"]), path
     check_answer(await served.client.post(CLASSIFY + "/", content=JPEG))
     for path in ("/nothing/", "/static/", "/v1/", "//", "/v1/models//"):

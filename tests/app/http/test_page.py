@@ -107,3 +107,10 @@ async def test_the_page_calls_routes_that_exist(served: Served) -> None:
     assert {"v1/classify", "v1/models"} <= called
     routes = (await served.client.get("/openapi.json")).json()["paths"]
     assert {f"/{path}" for path in called} <= set(routes)
+
+
+async def test_the_api_page_with_a_slash_leads_to_the_one_without(served: Served) -> None:
+    """Its links are relative; and so is the redirect, so that it works behind a proxy that speaks https."""
+    response = await served.client.get("/docs/")
+    assert (response.status_code, response.headers["location"]) == (307, "../docs")
+    assert (await served.client.get("/docs/", follow_redirects=True)).url.path == "/docs"
